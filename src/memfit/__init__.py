@@ -1,0 +1,3 @@
+"""Training for PyTorch that fits the memory you have."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Sources to memory-mapped arrays with a manifest."""

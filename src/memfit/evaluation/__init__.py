@@ -1,0 +1,1 @@
+"""Scores on the frozen test rows, beside baselines."""

@@ -1,0 +1,1 @@
+"""A checked ONNX model and the bundle that a service consumes."""

@@ -1,0 +1,1 @@
+"""The heart: budgets, probes, search and plans."""

@@ -1,0 +1,1 @@
+"""Neural networks only: no training code, no data code."""

@@ -1,0 +1,1 @@
+"""Staged training in a child process: loop, optimizers, schedules, checkpoints."""

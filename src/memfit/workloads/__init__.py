@@ -1,0 +1,1 @@
+"""A workload binds data, model, loss and metrics into a TrainingProgram."""
