@@ -1,0 +1,148 @@
+"""Does onnxruntime give what torch gives: on real rows, at several batch sizes, within stated tolerances?"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from torch import nn
+
+from memfit.errors import ExportError
+from memfit.export.graph import EXAMPLE_BATCH
+from memfit.export.infer import CPU, MismatchError, compare
+from memfit.export.signature import Array, Signature, named_sizes
+
+Tolerances = dict[str, dict[str, float]]
+
+DEFAULT_RTOL = 1e-4
+DEFAULT_ATOL_SHARE = 1e-5
+MIN_ROWS = 4
+ORT_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+def run_torch(
+    module: nn.Module, inputs: Sequence[Signature], outputs: Sequence[Signature], arrays: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Run the module on numpy inputs and name its outputs. Raises ExportError on NaN or a wrong count."""
+    with torch.no_grad():
+        results = module(*(torch.from_numpy(np.array(arrays[spec.name])) for spec in inputs))
+    if not isinstance(results, tuple) or len(results) != len(outputs):
+        got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
+        raise ExportError(f"the module must return a tuple of {[spec.name for spec in outputs]}, got {got}")
+    named = {spec.name: result.numpy() for spec, result in zip(outputs, results, strict=True)}
+    unfit = [name for name, array in named.items() if array.dtype.kind == "f" and np.isnan(array).any()]
+    if unfit:
+        raise ExportError(f"torch gives NaN in {unfit} on the sample rows; look at the weights and the inputs")
+    return named
+
+
+def state_tolerances(expected: Mapping[str, Array], given: Mapping[str, float] | None) -> Tolerances:
+    """Return {"atol", "rtol"} per output.
+
+    given: {"atol", "rtol"} for all outputs, in their units. Without it rtol is 1e-4 and atol 1e-5 of the output's
+    largest finite magnitude over the sample rows: rounding grows with the scale of the user's unit.
+    """
+    if given is not None:
+        if set(given) != {"atol", "rtol"} or min(given.values()) < 0:
+            raise ExportError(f"tolerances: expected 'atol' and 'rtol', both >= 0, got {dict(given)}")
+        return {name: dict(given) for name in expected}
+    return {
+        name: {"atol": DEFAULT_ATOL_SHARE * (largest_magnitude(array) or 1.0), "rtol": DEFAULT_RTOL}
+        for name, array in expected.items()
+    }
+
+
+def largest_magnitude(array: Array) -> float:
+    """Return the largest finite absolute value, 0 where there is none."""
+    return float(np.abs(array[np.isfinite(array)].astype(np.float64)).max(initial=0.0))
+
+
+def parity_sizes(sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """List the shapes to try: batches of 1, of 3 and of all rows; other named dimensions whole, 3/4 and half."""
+    rows = sizes["batch"]
+    if rows < MIN_ROWS:
+        raise ExportError(f"sample inputs: expected at least {MIN_ROWS} rows, got {rows}; give more real rows")
+    assert EXAMPLE_BATCH not in (1, 3, rows)
+    shares = {1: 0.75, 3: 0.5, rows: 1.0}
+    return [
+        {dim: batch if dim == "batch" else max(1, round(size * share)) for dim, size in sizes.items()}
+        for batch, share in shares.items()
+    ]
+
+
+def check_parity(
+    path: Path,
+    module: nn.Module,
+    *,
+    inputs: Sequence[Signature],
+    outputs: Sequence[Signature],
+    sample_inputs: Mapping[str, Array],
+    tolerances: Tolerances,
+) -> dict[str, Any]:
+    """Compare the ONNX file with the module on sample rows.
+
+    Returns {"provider", "num_rows", "batches": [{"sizes", "outputs": {name: figures}}]}; the figures are
+    `infer.compare`'s. Raises ExportError with the worst figure where an output is beyond its tolerance.
+    """
+    session = open_session(path)
+    batches = []
+    for sizes in parity_sizes(named_sizes(inputs, sample_inputs)):
+        arrays = {spec.name: spec.resize(sample_inputs[spec.name], sizes) for spec in inputs}
+        expected = run_torch(module, inputs, outputs, arrays)
+        got = run_session(session, outputs, arrays, sizes)
+        figures = {name: measure(name, expected[name], got[name], tolerances[name], sizes) for name in expected}
+        batches.append({"sizes": sizes, "outputs": figures})
+    num_rows = max(batch["sizes"]["batch"] for batch in batches)
+    return {"provider": session.get_providers()[0], "num_rows": num_rows, "batches": batches}
+
+
+def open_session(path: Path) -> Any:
+    """Open an ONNX file on the CPU, and make sure that it is the CPU."""
+    try:
+        session = onnxruntime.InferenceSession(path, providers=[CPU])
+    except ORT_ERRORS as error:
+        raise ExportError(f"onnxruntime does not load the exported graph: {error}") from error
+    if session.get_providers()[0] != CPU:
+        raise ExportError(f"parity: expected {CPU}, onnxruntime runs {session.get_providers()}")
+    return session
+
+
+def run_session(
+    session: Any, outputs: Sequence[Signature], arrays: Mapping[str, Array], sizes: Mapping[str, int]
+) -> dict[str, Array]:
+    """Run onnxruntime; a shape that the graph froze shows here."""
+    names = [spec.name for spec in outputs]
+    try:
+        results = session.run(names, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    except ORT_ERRORS as error:
+        raise ExportError(f"onnxruntime fails at {dict(sizes)}; the trace froze a dimension: {error}") from error
+    return dict(zip(names, results, strict=True))
+
+
+def measure(
+    name: str, expected: Array, got: Array, tolerance: Mapping[str, float], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Compare one output, or raise ExportError with the figures."""
+    try:
+        figures = compare(expected, got, **tolerance)
+    except MismatchError as error:
+        raise ExportError(f"parity: output '{name}' at {dict(sizes)}: {error}") from error
+    if not figures["within"]:
+        raise ExportError(
+            f"parity: output '{name}' at {dict(sizes)} differs from torch by {figures['max_absolute']:.3g} "
+            f"(relative {figures['max_relative']:.3g}), {figures['tolerance_used']:.3g} times what atol "
+            f"{tolerance['atol']:.3g} + rtol {tolerance['rtol']:.3g} allows; the export is wrong, or state wider "
+            "tolerances if the model's precision calls for it"
+        )
+    return figures

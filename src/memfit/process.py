@@ -1,0 +1,255 @@
+"""Child processes that die with their parent, speak JSON lines, and never outlive a deadline.
+
+A child is started as `python -m memfit.process`; the parent sends the job on its standard input and reads events from
+a pipe of their own, so that whatever the child's libraries print goes to a log file and disturbs nothing.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memfit import errors
+
+Emit = Callable[[dict[str, Any]], None]
+_PR_SET_PDEATHSIG = 1
+_EVENTS_VARIABLE = "MEMFIT_EVENTS_FD"
+_stop = threading.Event()
+
+
+@dataclass
+class Outcome:
+    """How a child ended: `status` is ok, oom, failed, timeout or resumable."""
+
+    status: str
+    value: Any = None
+    """What the target returned, if it did."""
+    message: str = ""
+    error: str = ""
+    """Name of the exception type, if there was one."""
+    phase: str | None = None
+    """What the child said it was doing last."""
+    log: Path | None = None
+    seconds: float = 0.0
+
+    def unwrap(self, what: str) -> Any:
+        """Return the value, or raise the error that the child died of.
+
+        Raises: the child's own MemfitError; ChildOutOfMemoryError; Resumable; ChildError otherwise.
+        """
+        if self.status == "ok":
+            return self.value
+        kind = getattr(errors, self.error, None)
+        if isinstance(kind, type) and issubclass(kind, errors.MemfitError):
+            raise kind(self.message)
+        if self.status == "oom":
+            phase = f" in phase {self.phase!r}" if self.phase else ""
+            raise errors.ChildOutOfMemoryError(f"{what}: ran out of its memory budget{phase}: {self.message}")
+        raise errors.ChildError(f"{what}: {self.status}: {self.message}. Its log: {self.log}")
+
+
+@dataclass
+class _Report:
+    outcome: Outcome | None = None
+    phase: str | None = None
+    buffer: bytes = b""
+    last_event: float = field(default_factory=time.monotonic)
+
+
+def run_child(
+    target: str,
+    payload: dict[str, Any],
+    *,
+    log: Path,
+    on_event: Emit | None = None,
+    deadline_seconds: float | None = None,
+    grace_seconds: float = 60.0,
+) -> Outcome:
+    """Run `module:function` with a JSON payload in a child process of its own process group.
+
+    `on_event` sees every event except the closing one. When the deadline passes, or the caller is interrupted, the
+    child gets SIGTERM, `grace_seconds` to write a checkpoint, then SIGKILL; an interrupt is then raised again.
+    """
+    started = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    report = _Report()
+    with log.open("ab") as log_file:
+        child = _spawn(writer, log_file)
+        try:
+            os.close(writer)
+            _send(child, {"target": target, "payload": payload, "parent": os.getpid()})
+            timed_out = not _listen(child, reader, report, on_event, deadline_seconds)
+        finally:
+            _end(child, grace_seconds, reader, report, on_event)
+            os.close(reader)
+    outcome = _outcome(child.returncode, report, timed_out, deadline_seconds, log)
+    outcome.seconds, outcome.log = time.monotonic() - started, log
+    return outcome
+
+
+def _spawn(writer: int, log_file: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "memfit.process"],
+        stdin=subprocess.PIPE,
+        stdout=log_file,
+        stderr=log_file,
+        pass_fds=[writer],
+        start_new_session=True,
+        env={**os.environ, _EVENTS_VARIABLE: str(writer), "PYTHONFAULTHANDLER": "1"},
+    )
+
+
+def _send(child: subprocess.Popen[bytes], job: dict[str, Any]) -> None:
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once; its exit status says how
+        child.stdin.write(json.dumps(job).encode())
+        child.stdin.close()
+
+
+def _listen(
+    child: subprocess.Popen[bytes],
+    reader: int,
+    report: _Report,
+    on_event: Emit | None,
+    deadline_seconds: float | None,
+) -> bool:
+    """Pass events on until the pipe closes; return False when the deadline came first."""
+    end = None if deadline_seconds is None else time.monotonic() + deadline_seconds
+    while True:
+        left = 1.0 if end is None else min(1.0, end - time.monotonic())
+        if left <= 0:
+            return False
+        ready, _, _ = select.select([reader], [], [], left)
+        if ready and not _receive(reader, report, on_event):
+            return True
+        if not ready and child.poll() is not None:
+            return True
+
+
+def _receive(reader: int, report: _Report, on_event: Emit | None) -> bool:
+    chunk = os.read(reader, 1 << 16)
+    report.buffer += chunk
+    *lines, report.buffer = report.buffer.split(b"\n")
+    for line in lines:
+        event = json.loads(line)
+        if event["event"] == "outcome":
+            report.outcome = Outcome(**event["outcome"])
+        elif event["event"] == "phase":
+            report.phase = event["phase"]
+        elif on_event is not None:
+            on_event(event)
+    return bool(chunk)
+
+
+def _end(
+    child: subprocess.Popen[bytes], grace_seconds: float, reader: int, report: _Report, on_event: Emit | None
+) -> None:
+    """Make sure that the child and everything it started is gone."""
+    if child.poll() is None and report.outcome is None:
+        child.terminate()
+        _listen(child, reader, report, on_event, grace_seconds)
+    try:
+        child.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _outcome(returncode: int, report: _Report, timed_out: bool, deadline_seconds: float | None, log: Path) -> Outcome:
+    if timed_out:
+        return Outcome("timeout", message=f"no result within {deadline_seconds:.0f} s", phase=report.phase)
+    if report.outcome is not None:
+        return report.outcome
+    tail = log.read_bytes()[-2000:].decode(errors="replace").strip()
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        # Under a memory limit, libraries that cannot allocate abort, and the kernel's OOM killer sends SIGKILL.
+        status = "oom" if -returncode in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) else "failed"
+        return Outcome(status, message=f"died of {name}", error=name, phase=report.phase)
+    return Outcome("failed", message=f"exit status {returncode}: {tail[-500:]}", phase=report.phase)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on a device or on the host.
+
+    On a CPU torch raises a plain RuntimeError; oneDNN and the C++ runtime have words of their own for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == 12
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory",
+             "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't start new thread")  # fmt: skip
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def stop_requested() -> bool:
+    """Tell a child's target whether it was asked to stop at the next safe point."""
+    return _stop.is_set()
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the thread that started it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+@contextlib.contextmanager
+def _events() -> Iterator[Emit]:
+    with os.fdopen(int(os.environ.pop(_EVENTS_VARIABLE)), "w", buffering=1, encoding="utf-8") as pipe:
+        yield lambda event: print(json.dumps(event), file=pipe, flush=True)
+
+
+def _request_stop(_signal: int, _frame: Any) -> None:
+    if _stop.is_set():
+        os._exit(errors.Resumable.exit_status)
+    _stop.set()
+
+
+def _perform(target: str, payload: dict[str, Any], emit: Emit) -> Outcome:
+    module, name = target.split(":")
+    try:
+        return Outcome("ok", value=getattr(importlib.import_module(module), name)(payload, emit))
+    except errors.Resumable as stopped:
+        return Outcome("resumable", message=str(stopped), error="Resumable")
+    except errors.MemfitError as error:
+        return Outcome("failed", message=str(error), error=type(error).__name__)
+    except Exception as error:  # noqa: BLE001  (the boundary: whatever it was goes to the parent and to the log)
+        traceback.print_exc()
+        status = "oom" if is_out_of_memory(error) else "failed"
+        return Outcome(status, message=f"{type(error).__name__}: {error}"[:2000], error=type(error).__name__)
+
+
+def main() -> int:
+    """Be the child: read the job, run it, report the outcome."""
+    job = json.load(sys.stdin)
+    die_with_parent(job["parent"])
+    signal.signal(signal.SIGTERM, _request_stop)
+    signal.signal(signal.SIGINT, _request_stop)
+    with _events() as emit:
+        outcome = _perform(job["target"], job["payload"], emit)
+        fields = {key: value for key, value in vars(outcome).items() if key not in ("log", "seconds")}
+        emit({"event": "outcome", "outcome": fields})
+    return 0 if outcome.status == "ok" else 1
+
+
+if __name__ == "__main__":
+    # Run the module's one importable instance, not this `__main__` copy: both would hold a stop flag of their own.
+    sys.exit(importlib.import_module("memfit.process").main())

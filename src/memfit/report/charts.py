@@ -1,0 +1,196 @@
+"""The report's charts of a training: one axis through all stages, so that their curves read as one story."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from memfit.report.blocks import Figure, Key
+from memfit.report.history import StageHistory
+from memfit.report.plots import COLOURS, Plot, css_colour, new_plot
+from memfit.report.units import number_text
+
+MAX_MARKERS = 40
+MAX_DRAWN = 500
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; `parts` holds one list of points per stage, None where a figure is missing."""
+
+    label: str
+    colour: str
+    parts: Sequence[Sequence[float | None]]
+    line: str = "solid"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Where the stages lie on the common axis."""
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    starts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for index in range(len(self.lengths)):
+            self.starts.append(sum(self.lengths[:index]))
+
+    @property
+    def total(self) -> int:
+        """The length of all stages together."""
+        return sum(self.lengths)
+
+
+def epoch_figure(
+    name: str,
+    title: str,
+    stages: Sequence[StageHistory],
+    lines: Sequence[Line],
+    *,
+    label: str = "",
+    caption: str = "",
+    write: Callable[[float], str] = number_text,
+    from_zero: bool = False,
+) -> Figure | None:
+    """Draw curves over the epochs of all stages and ring each stage's best epoch on the last curve.
+
+    None where no curve has a point.
+    """
+    lines = [line for line in lines if any(point is not None for part in line.parts for point in part)]
+    if not lines:
+        return None
+    stretch = Stretch([stage.name for stage in stages], [len(stage.epochs) for stage in stages])
+    with new_plot() as plot:
+        for line in lines:
+            _draw_line(plot.axes, stretch, line)
+        marked = _ring_best(plot.axes, stretch, stages, lines[-1])
+        finish_axes(plot.axes, [point for line in lines for part in line.parts for point in part], write, from_zero)
+        plot.axes.set_xlabel("epoch, all stages" if len(stages) > 1 else "epoch")
+        plot.axes.set_ylabel(label)
+        plot.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _separate(plot, stretch, 0.5)
+        svg = plot.svg(name, f"{title} over {stretch.total} epochs. {_summary(lines[-1], write)}")
+    legend = [Key(line.label, css_colour(line.colour), line.line) for line in lines]
+    legend += [Key("best epoch", css_colour(lines[-1].colour), "dot")] if marked else []
+    return Figure(title, svg, caption, tuple(legend))
+
+
+def step_figure(
+    name: str, title: str, stages: Sequence[StageHistory], series: str, colour: str, *, caption: str = ""
+) -> Figure | None:
+    """Draw a thinned series over the steps of all stages: its mean, and the band from lowest to highest."""
+    if not any(stage.steps.get(series) and stage.steps[series].buckets for stage in stages):
+        return None
+    stretch = Stretch([stage.name for stage in stages], [stage.num_steps for stage in stages])
+    drawn: list[float | None] = []
+    banded = False
+    with new_plot() as plot:
+        for stage, start in zip(stages, stretch.starts, strict=True):
+            thinned = stage.steps.get(series)
+            if thinned is None or not thinned.buckets:
+                continue
+            xs = [start + step for step in thinned.steps]
+            if thinned.stride > 1:
+                banded = True
+                plot.axes.fill_between(
+                    xs, thinned.lows, thinned.highs, color=COLOURS[colour], alpha=0.22, linewidth=0
+                )
+            plot.axes.plot(xs, thinned.means, color=COLOURS[colour], linewidth=1.4, marker=_marker(len(xs)))
+            drawn += [*thinned.lows, *thinned.highs]
+        finish_axes(plot.axes, drawn, number_text, from_zero=False)
+        plot.axes.set_xlabel("optimizer step")
+        plot.axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _separate(plot, stretch, 0.5)
+        svg = plot.svg(name, f"{title} over {stretch.total} optimizer steps.")
+    legend = (Key("mean", css_colour(colour)), Key("lowest to highest", css_colour(colour), "area"))
+    return Figure(title, svg, caption, legend if banded else ())
+
+
+def finish_axes(
+    axes: Axes, values: Sequence[float | None], write: Callable[[float], str], from_zero: bool
+) -> None:
+    """Choose the vertical scale: logarithmic where positive values span more than a factor of 50."""
+    known = [value for value in values if value is not None]
+    if known and min(known) > 0 and max(known) / min(known) > 50 and not from_zero:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+    elif from_zero:
+        axes.set_ylim(0, max([*known, 0.0]) * 1.15 or 1)
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value) if abs(value) > 1e-12 else "0"))
+
+
+def _draw_line(axes: Axes, stretch: Stretch, line: Line) -> None:
+    style = "--" if line.line == "dashed" else "-"
+    for part, start in zip(line.parts, stretch.starts, strict=True):
+        picked = _every(len(part))
+        ys = [NAN if part[index] is None else part[index] for index in picked]
+        marker = _marker(stretch.total) if style == "-" else ""
+        xs = [start + index + 1 for index in picked]
+        if len(xs) == 1 and style == "--":
+            xs, ys = [xs[0] - 0.5, xs[0] + 0.5], ys * 2
+        axes.plot(xs, ys, style, color=COLOURS[line.colour], marker=marker)  # type: ignore[arg-type]
+
+
+def _every(length: int) -> list[int]:
+    """Pick at most `MAX_DRAWN` positions, the last included."""
+    stride = -(-length // MAX_DRAWN) or 1
+    return sorted({*range(0, length, stride), *([length - 1] if length else [])})
+
+
+def _marker(num_points: int) -> str:
+    return "o" if num_points <= MAX_MARKERS else ""
+
+
+def _ring_best(axes: Axes, stretch: Stretch, stages: Sequence[StageHistory], line: Line) -> bool:
+    marked = False
+    for stage, start, part in zip(stages, stretch.starts, line.parts, strict=True):
+        best = stage.best_index
+        if best is None or best >= len(part) or part[best] is None:
+            continue
+        marked = True
+        axes.plot(
+            [start + best + 1],
+            [part[best]],  # type: ignore[list-item]
+            "o",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgecolor=COLOURS[line.colour],
+            markeredgewidth=1.6,
+        )
+    return marked
+
+
+def _separate(plot: Plot, stretch: Stretch, offset: float) -> None:
+    """Draw a line between the stages and write each one's name above its part."""
+    total = max(stretch.total, 1)
+    plot.axes.set_xlim(offset - 0.02 * total, total + offset + 0.02 * total)
+    if len(stretch.names) < 2:
+        return
+    for name, start, length in zip(stretch.names, stretch.starts, stretch.lengths, strict=True):
+        if start and length:
+            plot.axes.axvline(start + offset, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (2, 3)))
+        room = int(plot.width * 0.8 * length / total / 6)
+        if room >= 3:
+            short = name if len(name) <= room else name[: room - 1] + "…"
+            plot.axes.annotate(
+                short,
+                (start + offset + length / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                color=COLOURS["muted"],
+            )
+
+
+def _summary(line: Line, write: Callable[[float], str]) -> str:
+    known = [point for part in line.parts for point in part if point is not None]
+    return f"{line.label}: first {write(known[0])}, last {write(known[-1])}."
+

@@ -1,0 +1,63 @@
+"""What each score means, how it is written, and which direction is better."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from memfit.report.units import finite, number_text, share_text
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One score of evaluation.json."""
+
+    label: str
+    better: Literal["lower", "higher", ""]
+    kind: Literal["unit", "share", "number"]
+    meaning: str
+
+    def write(self, value: float) -> str:
+        """Write a value of this score, without its unit."""
+        return share_text(value) if self.kind == "share" else number_text(value)
+
+
+MEASURES = {
+    "mae": Measure("MAE", "lower", "unit", "Mean absolute error: how far off a prediction is on average."),
+    "rmse": Measure("RMSE", "lower", "unit", "Root mean squared error: as MAE, but large misses weigh more."),
+    "r2": Measure("R²", "higher", "number", "Share of the variance explained; 0 is no better than the mean."),
+    "class_accuracy": Measure("Class accuracy", "higher", "share", "Rows whose class is right."),
+    "class_f1": Measure("Class F1", "higher", "number", "F1 over the classes: rare classes count too."),
+    "exceeds_accuracy": Measure(
+        "Threshold accuracy", "higher", "share", "Rows put on the right side of the threshold."
+    ),
+    "below_accuracy": Measure(
+        "Below accuracy", "higher", "share", "Of the rows truly at or below the threshold, predicted so."
+    ),
+    "above_accuracy": Measure(
+        "Above accuracy", "higher", "share", "Of the rows truly above the threshold, predicted so."
+    ),
+    "precision": Measure("Precision", "higher", "share", "Of the rows predicted above, truly above."),
+    "recall": Measure("Recall", "higher", "share", "Of the rows truly above, predicted above."),
+    "loss_risk": Measure("Loss risk", "lower", "share", "Of the rows predicted above, those that were not."),
+}
+
+
+def measure(name: str) -> Measure:
+    """Return what is known about a score; an unknown one is a plain number of which neither way is better."""
+    return MEASURES.get(name) or Measure(name.replace("_", " "), "", "number", "")
+
+
+def best_of(name: str, values: list[Any]) -> float | None:
+    """Return the best of a score's values, or None where there is no better and worse."""
+    known = [value for value in map(finite, values) if value is not None]
+    better = measure(name).better
+    if not known or not better:
+        return None
+    return min(known) if better == "lower" else max(known)
+
+
+def improvement(name: str, model: float, baseline: float) -> float | None:
+    """Return by which share of the baseline the model is better (negative: worse)."""
+    if baseline == 0:
+        return None
+    gain = (model - baseline) / abs(baseline)
+    return -gain if measure(name).better == "lower" else gain

@@ -1,0 +1,122 @@
+"""Charts of predictions against truth on the test rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.dates as mdates
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from memfit.report.blocks import Figure, Key
+from memfit.report.plots import COLOURS, HEIGHT, NARROW, WIDE, Plot, css_colour, new_plot
+from memfit.report.units import number_text
+
+MAX_ROWS = 300
+MAX_DOTS = 1000
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def time_line(arrays: Arrays, unit: str, threshold: float | None) -> Figure:
+    """Draw truth and prediction over the last `MAX_ROWS` test rows; a gap in time is a gap in the curves."""
+    recent = {name: arrays[name][-MAX_ROWS:] for name in ("times", "truth", "value")}
+    num_rows = len(recent["times"])
+    legend = [Key("truth", css_colour("muted")), Key("prediction", css_colour("blue"))]
+    legend += [Key("threshold", css_colour("red"), "dashed")] if threshold is not None else []
+    label = f"Truth and prediction over the last {num_rows} test rows."
+    drawn = {}
+    for width, height in ((WIDE, 300.0), (NARROW, 270.0)):
+        with new_plot(width, height) as plot:
+            _draw_time_line(plot.axes, recent, threshold)
+            plot.axes.set_ylabel(unit)
+            drawn[width] = plot.svg(f"timeline-{width:.0f}", label)
+    title = f"The last {num_rows} test rows"
+    return Figure(title, drawn[WIDE], legend=tuple(legend), narrow=drawn[NARROW])
+
+
+def _draw_time_line(axes: Axes, recent: Arrays, threshold: float | None) -> None:
+    times, (truth, value) = _with_gaps(recent["times"], (recent["truth"], recent["value"]))
+    axes.plot(times, truth, color=COLOURS["muted"], linewidth=1.3)
+    axes.plot(times, value, color=COLOURS["blue"], linewidth=1.6)
+    if threshold is not None:
+        axes.axhline(threshold, color=COLOURS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
+    locator = mdates.AutoDateLocator(minticks=3, maxticks=7)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+    axes.margins(x=0.01)
+
+
+def _with_gaps(
+    times: NDArray[Any], columns: tuple[NDArray[Any], ...]
+) -> tuple[NDArray[Any], list[NDArray[np.float64]]]:
+    """Put a NaN where more than three usual steps lie between two rows, so that no line bridges a hole."""
+    stamps = times.astype(np.int64)
+    steps = np.diff(stamps)
+    usual = np.median(steps) if len(steps) else 0
+    holes = np.flatnonzero(steps > 3 * usual) + 1
+    filled = [np.insert(column.astype(np.float64), holes, np.nan) for column in columns]
+    return np.insert(stamps, holes, stamps[holes]).astype("datetime64[ns]"), filled
+
+
+def scatter(arrays: Arrays, unit: str) -> Figure:
+    """Draw predictions over truth, evenly thinned to `MAX_DOTS` rows, with the diagonal of a perfect model."""
+    truth, value = _finite_pairs(arrays["truth"], arrays["value"])
+    picked = np.linspace(0, len(truth) - 1, min(len(truth), MAX_DOTS)).round().astype(int)
+    with new_plot(NARROW, HEIGHT + 60) as plot:
+        ends = _range(np.concatenate([truth, value]))
+        plot.axes.plot(ends, ends, color=COLOURS["muted"], linewidth=1.1, linestyle=(0, (4, 3)))
+        plot.axes.plot(
+            truth[picked], value[picked], "o", color=COLOURS["blue"], alpha=0.35, markersize=3.6, markeredgewidth=0
+        )
+        plot.axes.set_xlabel(f"truth ({unit})" if unit else "truth")
+        plot.axes.set_ylabel(f"prediction ({unit})" if unit else "prediction")
+        plot.axes.xaxis.set_major_locator(MaxNLocator(6))
+        plot.axes.yaxis.set_major_locator(MaxNLocator(6))
+        svg = plot.svg("scatter", f"Prediction over truth for {len(picked)} test rows.")
+    legend = (Key("one row", css_colour("blue"), "dot"), Key("perfect", css_colour("muted"), "dashed"))
+    shown = "" if len(picked) == len(truth) else f"{len(picked):,} of {len(truth):,} rows, evenly spaced."
+    return Figure("Prediction over truth", svg, shown, legend)
+
+
+def errors(arrays: Arrays, unit: str) -> Figure:
+    """Draw how the errors spread, the model's beside persistence's, in the same bins."""
+    own = _errors(arrays["truth"], arrays["value"])
+    rival = _errors(arrays["truth"], arrays["persistence"]) if "persistence" in arrays else own[:0]
+    both = np.concatenate([own, rival])
+    reach = float(np.quantile(np.abs(both), 0.99)) * 1.1 or 1.0
+    bins = np.linspace(-reach, reach, 42)
+    with new_plot(NARROW, HEIGHT + 60) as plot:
+        if len(rival):
+            _stairs(plot, rival, bins, "orange")
+        _stairs(plot, own, bins, "blue", fill=True)
+        plot.axes.axvline(0, color=COLOURS["muted"], linewidth=0.9)
+        plot.axes.set_xlabel(f"prediction − truth ({unit})" if unit else "prediction − truth")
+        plot.axes.set_ylabel("rows")
+        plot.axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        svg = plot.svg("errors", f"Histogram of {len(own)} errors; mean {number_text(float(own.mean()))}.")
+    legend = [Key("model", css_colour("blue"), "area")]
+    legend += [Key("persistence", css_colour("orange"))] if len(rival) else []
+    bias = f"Mean error {number_text(float(own.mean()))} {unit}".strip()
+    return Figure("Errors", svg, f"{bias} (bias); the outermost 1 % is cut off.", tuple(legend))
+
+
+def _stairs(plot: Plot, values: NDArray[Any], bins: NDArray[Any], colour: str, fill: bool = False) -> None:
+    counts, edges = np.histogram(values, bins)
+    if fill:
+        plot.axes.stairs(counts, edges, color=COLOURS[colour], alpha=0.25, fill=True)
+    plot.axes.stairs(counts, edges, color=COLOURS[colour], linewidth=1.5)
+
+
+def _finite_pairs(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    known = np.isfinite(left) & np.isfinite(right)
+    return left[known].astype(np.float64), right[known].astype(np.float64)
+
+
+def _errors(truth: NDArray[Any], value: NDArray[Any]) -> NDArray[np.float64]:
+    truth, value = _finite_pairs(truth, value)
+    return value - truth
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())

@@ -1,0 +1,216 @@
+"""What is trained, and the one optimizer step: the same function is probed and trained with."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Batch = Any
+"""A tensor, or a mapping, list or tuple of batches; the first dimension of every tensor is the sample."""
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECKPOINTINGS = ("none", "blocks")
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """Apply a function to every tensor of a batch and keep its structure."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """List the tensors of a batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def num_samples(batch: Batch) -> int:
+    """Read a batch's size off the first dimension of its first tensor."""
+    tensors = tensors_of(batch)
+    if not tensors or not tensors[0].dim():
+        raise ValueError("batch: expected tensors whose first dimension is the sample, got none. Return tensors.")
+    return tensors[0].shape[0]
+
+
+def split_samples(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """Split every tensor of a batch along its first dimension; the parts are views."""
+    return [_narrow(batch, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+
+def _narrow(batch: Batch, start: int, size: int) -> Batch:
+    return map_tensors(lambda tensor: tensor.narrow(0, start, size), batch)
+
+
+def micro_batch_sizes(num_samples: int, accumulation_steps: int) -> list[int]:
+    """Cut a global batch into micro-batches whose sizes differ by at most one, the larger ones first."""
+    steps = max(1, min(accumulation_steps, num_samples))
+    share, rest = divmod(num_samples, steps)
+    return [share + (i < rest) for i in range(steps)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingProgram:
+    """What is trained, without saying how it fits into memory."""
+
+    variants: Mapping[str, Callable[[], nn.Module]]
+    """Model builders by name; the first is the default."""
+    make_batch: Callable[[int, int | None], Batch]
+    """(n, seq_len) -> n worst-case samples on the host."""
+    loss: Callable[[nn.Module, Batch], Mapping[str, Tensor] | Tensor]
+    """A sum per term, weights included; or one scalar, the mean over the samples."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    count: Callable[[Batch], Mapping[str, float]] | None = None
+    """How much each term of a batch counts, known before the forward pass; default: the number of samples."""
+    split: Callable[[Batch, Sequence[int]], list[Batch]] = split_samples
+    blocks: tuple[type[nn.Module], ...] = ()
+    """Module types that activation checkpointing wraps."""
+    evaluate: Callable[[nn.Module, Batch], Any] | None = None
+    """One evaluation batch; what it returns is the caller's to drop."""
+    save: Callable[[nn.Module, torch.optim.Optimizer, Path], None] | None = None
+    """Writes a checkpoint into a folder."""
+    min_micro_batch_size: int = 1
+    """Smallest micro-batch allowed, for layers with batch statistics."""
+
+    def build(self, variant: str | None = None) -> nn.Module:
+        """Build a variant, the default one if None."""
+        return self.variants[variant or next(iter(self.variants))]()
+
+
+class Layout(Protocol):
+    """How a step fits into memory: the part of a plan that a step reads."""
+
+    @property
+    def accumulation_steps(self) -> int: ...  # noqa: D102
+    @property
+    def precision(self) -> str: ...  # noqa: D102
+    @property
+    def checkpointing(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did: losses are per term, already divided by the global counts."""
+
+    losses: dict[str, float]
+    gradient_norm: float
+    stepped: bool = True
+    """False where the loss scaler found an overflow and skipped the update."""
+    loss_scale: float = 1.0
+    num_samples: int = 0
+
+    @property
+    def total(self) -> float:
+        """The loss that was minimized: the sum of its terms."""
+        return sum(self.losses.values())
+
+
+def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
+    """Make every module of the given types recompute its activations in the backward pass.
+
+    Works in place and only while training; parameter names stay as they are. Calling it twice changes nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, blocks) and "forward" not in vars(module):
+            module.forward = functools.partial(_recompute, module, module.forward)
+
+
+def _recompute(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not (module.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
+    """Enter the plan's precision: nothing for fp32, autocast for bf16 and fp16."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def loss_terms(program: TrainingProgram, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Evaluate the program's loss as sums per term; a scalar mean becomes the sum of one term."""
+    loss = program.loss(model, batch)
+    return loss if isinstance(loss, Mapping) else {"loss": loss * num_samples(batch)}
+
+
+def term_counts(program: TrainingProgram, batch: Batch) -> Mapping[str, float] | None:
+    """Count how much each term weighs over a batch, or None where every term counts samples."""
+    return None if program.count is None else program.count(batch)
+
+
+@dataclass
+class TrainingStep:
+    """One optimizer step on one global batch, under a plan's layout.
+
+    Every term is divided by its count over the whole global batch, so that gradients do not depend on how the batch
+    is cut. The batch stays on the host; a micro-batch moves to the device when its turn comes.
+    """
+
+    layout: Layout
+    program: TrainingProgram
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clip: float | None = None
+    """Largest total gradient norm, or None."""
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        device_type = torch.device(self.layout.device).type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=self.layout.precision == "fp16")
+        if self.layout.checkpointing == "blocks":
+            checkpoint_blocks(self.model, self.program.blocks)
+
+    def __call__(self, batch: Batch) -> StepStats:
+        """Train on one global batch: forward and backward per micro-batch, then one update."""
+        size = num_samples(batch)
+        counts = term_counts(self.program, batch)
+        sums: dict[str, Tensor] = {}
+        for micro in self.program.split(batch, micro_batch_sizes(size, self.layout.accumulation_steps)):
+            for term, value in self.accumulate(micro, counts, size).items():
+                sums[term] = sums[term] + value if term in sums else value
+        norm, stepped = self.update()
+        losses = {term: float(value) for term, value in sums.items()}
+        return StepStats(losses, float(norm), stepped, float(self.scaler.get_scale()), size)
+
+    def accumulate(self, micro: Batch, counts: Mapping[str, float] | None, size: int) -> dict[str, Tensor]:
+        """Add one micro-batch's gradients; return its share of each term's loss, detached."""
+        micro = map_tensors(lambda tensor: tensor.to(self.layout.device, non_blocking=True), micro)
+        with autocast(self.layout.precision, self.layout.device):
+            sums = loss_terms(self.program, self.model, micro)
+        shares = {term: value.float() * _inverse(counts, term, size) for term, value in sums.items()}
+        torch.autograd.backward(self.scaler.scale(_total(shares.values())))
+        return {term: share.detach() for term, share in shares.items()}
+
+    def update(self) -> tuple[Tensor, bool]:
+        """Unscale, clip, step and zero; return the gradient norm before clipping and whether it stepped."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = float("inf") if self.clip is None else self.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, self.scaler.get_scale() >= scale
+
+
+def _inverse(counts: Mapping[str, float] | None, term: str, size: int) -> float:
+    count = size if counts is None else counts[term]
+    return 1.0 / count if count else 0.0  # a term that nothing counts for has a sum of zero
+
+
+def _total(shares: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, shares)
