@@ -1,6 +1,7 @@
 """What is trained, and the one optimizer step: the same function is probed and trained with."""
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -111,6 +112,10 @@ class StepStats:
     """False where the loss scaler found an overflow and skipped the update."""
     loss_scale: float = 1.0
     num_samples: int = 0
+    seconds: float = 0.0
+    """Of the whole step, the device synchronized before and after."""
+    update_seconds: float = 0.0
+    """Of that, clipping and the optimizer's update, which do not grow with accumulation."""
 
     @property
     def total(self) -> float:
@@ -175,15 +180,23 @@ class TrainingStep:
 
     def __call__(self, batch: Batch) -> StepStats:
         """Train on one global batch: forward and backward per micro-batch, then one update."""
-        size = num_samples(batch)
+        started, size = self._clock(), num_samples(batch)
         counts = term_counts(self.program, batch)
         sums: dict[str, Tensor] = {}
         for micro in self.program.split(batch, micro_batch_sizes(size, self.layout.accumulation_steps)):
             for term, value in self.accumulate(micro, counts, size).items():
                 sums[term] = sums[term] + value if term in sums else value
+        accumulated = self._clock()
         norm, stepped = self.update()
         losses = {term: float(value) for term, value in sums.items()}
-        return StepStats(losses, float(norm), stepped, float(self.scaler.get_scale()), size)
+        ended = self._clock()
+        scale = float(self.scaler.get_scale())
+        return StepStats(losses, float(norm), stepped, scale, size, ended - started, ended - accumulated)
+
+    def _clock(self) -> float:
+        if torch.device(self.layout.device).type == "cuda":
+            torch.cuda.synchronize(self.layout.device)
+        return time.perf_counter()
 
     def accumulate(self, micro: Batch, counts: Mapping[str, float] | None, size: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients; return its share of each term's loss, detached."""

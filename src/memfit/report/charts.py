@@ -54,8 +54,9 @@ def epoch_figure(
     caption: str = "",
     write: Callable[[float], str] = number_text,
     from_zero: bool = False,
+    ring: bool = True,
 ) -> Figure | None:
-    """Draw curves over the epochs of all stages and ring each stage's best epoch on the last curve.
+    """Draw curves over the epochs of all stages and, with `ring`, mark each stage's best epoch on the last curve.
 
     None where no curve has a point.
     """
@@ -66,7 +67,7 @@ def epoch_figure(
     with new_plot() as plot:
         for line in lines:
             _draw_line(plot.axes, stretch, line)
-        marked = _ring_best(plot.axes, stretch, stages, lines[-1])
+        marked = ring and _ring_best(plot.axes, stretch, stages, lines[-1])
         finish_axes(plot.axes, [point for line in lines for part in line.parts for point in part], write, from_zero)
         plot.axes.set_xlabel("epoch, all stages" if len(stages) > 1 else "epoch")
         plot.axes.set_ylabel(label)

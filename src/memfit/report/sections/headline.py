@@ -74,7 +74,7 @@ def _best_baseline(run: Run) -> tuple[str, float] | None:
     """Return the baseline with the lowest MAE: to win against a weaker one says little."""
     errors = {
         name: value
-        for name, scores in run.evaluation.get("baselines", {}).items()
+        for name, scores in mapping(run.evaluation, "baselines").items()
         if isinstance(scores, dict) and (value := finite(scores.get("mae"))) is not None
     }
     if not errors:

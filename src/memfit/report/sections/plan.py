@@ -1,0 +1,187 @@
+"""The memory plan of each stage: what was tried, what it measured, and why one was chosen."""
+
+from collections.abc import Callable
+from typing import Any
+
+from memfit.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Details,
+    Facts,
+    Heading,
+    Note,
+    Row,
+    Section,
+    Table,
+    measured,
+    pending,
+    text_cell,
+)
+from memfit.report.run_files import Run, objects
+from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text
+
+_OUTCOMES = {
+    "fits": ("fits", "good", "ran within the budget"),
+    "oom": ("out of memory", "bad", "the process ran out of its budget"),
+    "over_budget": ("over budget", "bad", "ran, but its peak was above the budget"),
+    "timeout": ("timeout", "warn", "took longer than a probe may"),
+    "failed": ("failed", "bad", "ended in an error that is not about memory"),
+}
+_CLASSES = {
+    "exact": "exact: changes nothing in the result",
+    "numerics": "numerics: changes rounding",
+    "lossy": "lossy: changes what is learned",
+}
+_LAYOUT = ("micro_batch_size", "accumulation_steps", "precision", "checkpointing", "variant")
+
+
+def plan(run: Run) -> Section:
+    """Show each stage's plan, with its evidence."""
+    title = "Memory plan"
+    if not run.plans:
+        return pending("plan", title, "no memory plan has been made")
+    blocks: list[Block] = []
+    for stage in run.plans:
+        blocks += _stage(stage)
+    return Section("plan", title, tuple(blocks), lead=_lossy_sentence(run.plans))
+
+
+def _stage(stage: dict[str, Any]) -> list[Block]:
+    probes = objects(stage.get("probes"))
+    chosen = _chosen(stage, probes)
+    blocks: list[Block] = [Heading(str(stage.get("stage") or "stage"), _layout_sentence(stage))]
+    if stage.get("verified"):
+        blocks.append(Note(f"Chosen and verified: {stage.get('reason') or 'no reason recorded'}", "good"))
+    else:
+        blocks.append(Note(f"An estimate, not yet run: {stage.get('reason') or 'no reason recorded'}", "warn"))
+    blocks += [_memory_table(stage), _facts(stage), _levers(stage)]
+    if probes:
+        table = _probe_table(probes, chosen, finite(stage.get("budget_bytes")))
+        summary = f"All {len(probes)} tries" if len(probes) > 1 else "The one try"
+        blocks.append(Details(summary, (table,)) if len(probes) > 20 else table)
+    return blocks
+
+
+def _layout_sentence(stage: dict[str, Any]) -> str:
+    return (
+        f"global batch {_plain(stage, 'global_batch_size')} = micro {_plain(stage, 'micro_batch_size')}"
+        f" × {_plain(stage, 'accumulation_steps')} accumulation × {_plain(stage, 'num_devices')} device"
+    )
+
+
+def _plain(stage: dict[str, Any], key: str) -> str:
+    return measured(stage.get(key), count_text).text
+
+
+def _lossy_sentence(stages: list[dict[str, Any]]) -> str:
+    used = {str(lever.get("class")) for stage in stages for lever in objects(stage.get("levers"))}
+    if "lossy" in used:
+        return "A lossy lever was used: see which below."
+    if "numerics" in used:
+        return "Nothing lossy was used; the precision was lowered from the configured list."
+    return "Only levers that change nothing in the result were used."
+
+
+def _memory_table(stage: dict[str, Any]) -> Table:
+    """Set the plan's bytes beside the budget, as bars."""
+    budget = finite(stage.get("budget_bytes"))
+    lines = (
+        ("Budget", "budget_bytes", "not set"),
+        ("Measured peak", "measured_peak_bytes", "not measured: no probe has run"),
+        ("Predicted peak", "predicted_peak_bytes", "not predicted: found by measuring"),
+        ("Upper bound of the prediction", "upper_peak_bytes", "not predicted: found by measuring"),
+    )
+    rows = [
+        Row((Cell(label), _bar_cell(stage.get(key), budget, why)))
+        for label, key, why in lines
+        if stage.get(key) is not None or key in ("budget_bytes", "measured_peak_bytes")
+    ]
+    return Table((Column("Process memory"), Column("")), tuple(rows))
+
+
+def _bar_cell(value: Any, budget: float | None, why: str = "not measured") -> Cell:
+    number = finite(value)
+    if number is None or not budget:
+        return measured(value, bytes_text, why)
+    tone = "bad" if number > budget else ""
+    return Cell(f"{bytes_text(number)} · {number / budget * 100:.0f} %", "share of the budget", tone, number / budget)
+
+
+def _facts(stage: dict[str, Any]) -> Facts:
+    return Facts(
+        (
+            ("Device", text_cell(stage.get("device"))),
+            ("Precision", text_cell(stage.get("precision"))),
+            ("Checkpointing", text_cell(stage.get("checkpointing"))),
+            ("Variant", text_cell(stage.get("variant"), "the model has only one")),
+            ("Sequence length", measured(stage.get("seq_len"), count_text, "the data's own; not a lever here")),
+            ("Step", measured(stage.get("step_seconds"), seconds_text)),
+            ("Samples/s", measured(stage.get("samples_per_second"), number_text)),
+            ("Evaluation batch", measured(stage.get("eval_batch_size"), count_text, "not recorded")),
+        )
+    )
+
+
+def _levers(stage: dict[str, Any]) -> Table:
+    levers = objects(stage.get("levers"))
+    classes = [*_CLASSES, *sorted({str(lever.get("class")) for lever in levers} - set(_CLASSES))]
+    rows = []
+    for name in classes:
+        used = [lever for lever in levers if str(lever.get("class")) == name]
+        text = ", ".join(f"{lever.get('name')} = {lever.get('value')}" for lever in used)
+        tone = "warn" if name == "lossy" and used else ""
+        rows.append(Row((Cell(_CLASSES.get(name, name)), Cell(text, tone=tone) if used else Cell("none", tone="muted"))))
+    return Table((Column("Levers by class"), Column("used")), tuple(rows))
+
+
+def _chosen(stage: dict[str, Any], probes: list[dict[str, Any]]) -> set[int]:
+    """Return the positions of the probes that ran the chosen layout and fit."""
+    wanted = [stage.get(key) for key in _LAYOUT]
+    return {
+        index
+        for index, probe in enumerate(probes)
+        if probe.get("outcome") == "fits" and [probe.get(key) for key in _LAYOUT] == wanted
+    }
+
+
+def _probe_table(probes: list[dict[str, Any]], chosen: set[int], budget: float | None) -> Table:
+    columns = (
+        Column("", title="chosen"),
+        Column("Micro", number=True, title="micro-batch size"),
+        Column("Accum.", number=True, title="accumulation steps"),
+        Column("Precision"),
+        Column("Checkpointing"),
+        Column("Variant"),
+        Column("Outcome"),
+        Column("Peak", title="of the process, and its share of the budget"),
+        Column("Step", number=True),
+        Column("Samples/s", number=True),
+        Column("Ended in"),
+    )
+    rows = tuple(
+        Row(_probe_cells(probe, index in chosen, budget), marked=index in chosen) for index, probe in enumerate(probes)
+    )
+    return Table(columns, rows)
+
+
+def _probe_cells(probe: dict[str, Any], chosen: bool, budget: float | None) -> tuple[Cell, ...]:
+    label, tone, meaning = _OUTCOMES.get(str(probe.get("outcome")), (str(probe.get("outcome")), "", ""))
+    mark = Cell("✓ verified" if probe.get("verifying") else "✓ chosen", "this layout trains", "good")
+
+    def figure(key: str, write: Callable[[float], str]) -> Cell:
+        return measured(probe.get(key), write)
+
+    return (
+        mark if chosen else Cell(""),
+        figure("micro_batch_size", count_text),
+        figure("accumulation_steps", count_text),
+        text_cell(probe.get("precision")),
+        text_cell(probe.get("checkpointing")),
+        text_cell(probe.get("variant"), "the model has only one"),
+        Cell(label, str(probe.get("message") or meaning), tone),
+        _bar_cell(probe.get("peak_bytes"), budget, "not measured: it did not run to the end"),
+        figure("step_seconds", seconds_text),
+        figure("samples_per_second", number_text),
+        text_cell(probe.get("phase"), "it ran to the end"),
+    )

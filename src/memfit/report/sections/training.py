@@ -1,0 +1,220 @@
+"""How the stages trained: losses, metrics, steps, and memory against the budget."""
+
+from typing import Any
+
+from memfit.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Gallery,
+    Heading,
+    Note,
+    Row,
+    Section,
+    Table,
+    measured,
+    pending,
+    text_cell,
+)
+from memfit.report.charts import Line, epoch_figure, step_figure
+from memfit.report.history import StageHistory
+from memfit.report.measures import MEASURES, measure
+from memfit.report.run_files import Run, mapping
+from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text, share_text
+
+_REASONS = {
+    "epochs": "all epochs done",
+    "early_stopping": "early stopping: the monitor stopped improving",
+    "max_steps": "step limit reached",
+}
+_STEP_CHARTS = (
+    ("loss.total", "Step loss", "blue", ""),
+    ("gradient_norm", "Gradient norm", "violet", "Before clipping."),
+    ("lr", "Learning rate", "green", ""),
+    ("seconds", "Seconds a step", "orange", ""),
+)
+
+
+def training(run: Run) -> Section:
+    """Show the stages in a table and the curves through all of them."""
+    title = "Training"
+    if not run.stages:
+        return pending("training", title, "no stage has started")
+    blocks: list[Block] = [_stage_table(run.stages)]
+    blocks += [_resume_note(stage) for stage in run.stages if stage.resumes]
+    blocks += _undefined_notes(run.stages)
+    if not any(stage.epochs for stage in run.stages):
+        blocks.append(Note("Not yet: no epoch has ended.", "pending"))
+    for heading, aside, figures in (
+        ("Losses", "train and validation, by epoch", _losses(run.stages)),
+        ("Validation metrics", "by epoch", _metrics(run)),
+        ("Steps", "one point per optimizer step, thinned where there are many", _steps(run.stages)),
+    ):
+        if figures:
+            blocks += [Heading(heading, aside), Gallery(tuple(figures))]
+    return Section("training", title, tuple(blocks))
+
+
+def memory(run: Run) -> Section:
+    """Show the process's memory of each epoch against its stage's budget and its plan."""
+    title = "Memory against the budget"
+    if not any(stage.epochs for stage in run.stages):
+        return pending("memory", title, "no epoch has ended")
+    plans = {str(plan.get("stage")): plan for plan in run.plans}
+    figure = epoch_figure(
+        "memory",
+        "Memory per epoch",
+        run.stages,
+        [
+            Line("budget", "red", [_flat(stage, plans, "budget_bytes") for stage in run.stages], "dashed"),
+            Line("planned peak", "green", [_flat(stage, plans, "peak") for stage in run.stages], "dashed"),
+            Line("now", "blue", [_memory(stage, "now_bytes") for stage in run.stages]),
+            Line("peak", "orange", [_memory(stage, "peak_bytes") for stage in run.stages]),
+        ],
+        write=bytes_text,
+        from_zero=True,
+        ring=False,
+        caption="Bytes of the whole process: what the budget is compared with.",
+    )
+    rows = tuple(_memory_row(stage, plans.get(stage.name, {})) for stage in run.stages)
+    names = ("Stage", "Budget", "Planned peak", "Highest peak seen", "Against the budget", "Against the plan")
+    table = Table(tuple(Column(name, number=name != "Stage") for name in names), rows)
+    return Section("memory", title, (*([Gallery((figure,))] if figure else []), table))
+
+
+def _flat(stage: StageHistory, plans: dict[str, dict[str, Any]], key: str) -> list[float | None]:
+    plan = plans.get(stage.name, {})
+    value = _planned_peak(plan) if key == "peak" else finite(plan.get(key))
+    return [value] * len(stage.epochs)
+
+
+def _planned_peak(plan: dict[str, Any]) -> float | None:
+    """The peak that the plan promised: as measured by its probes, else as predicted."""
+    measured_peak = finite(plan.get("measured_peak_bytes"))
+    return finite(plan.get("predicted_peak_bytes")) if measured_peak is None else measured_peak
+
+
+def _memory(stage: StageHistory, key: str) -> list[float | None]:
+    return [finite(mapping(epoch, "memory").get(key)) for epoch in stage.epochs]
+
+
+def _memory_row(stage: StageHistory, plan: dict[str, Any]) -> Row:
+    budget, planned = finite(plan.get("budget_bytes")), _planned_peak(plan)
+    known = [peak for peak in _memory(stage, "peak_bytes") if peak is not None]
+    peak = max(known) if known else None
+    over = peak is not None and budget is not None and peak > budget
+    against = Cell("–", "no peak or no budget") if peak is None or not budget else Cell(share_text(peak / budget))
+    versus = Cell("–", "no peak or no plan") if peak is None or not planned else Cell(f"{peak / planned - 1:+.1%}")
+    return Row(
+        (
+            Cell(stage.name),
+            measured(budget, bytes_text, "no plan for this stage"),
+            measured(planned, bytes_text),
+            measured(peak, bytes_text),
+            Cell(against.text, against.title, "bad" if over else ""),
+            versus,
+        )
+    )
+
+
+def _stage_table(stages: list[StageHistory]) -> Table:
+    names = ("Stage", "Ended", "Epochs", "Steps", "Time", "Samples/s", "Best epoch", "Monitor", "Best value")
+    texts = ("Stage", "Ended", "Monitor")
+    return Table(tuple(Column(name, number=name not in texts) for name in names), tuple(map(_stage_row, stages)))
+
+
+def _stage_row(stage: StageHistory) -> Row:
+    planned = finite(stage.start.get("epochs"))
+    epochs = count_text(len(stage.epochs)) + (f" of {count_text(planned)}" if planned is not None else "")
+    reason = str(stage.end.get("reason") or "")
+    ended = Cell(_REASONS.get(reason, reason)) if reason else Cell("not yet", "the stage has not ended", "warn")
+    best = stage.epochs[stage.best_index] if stage.best_index is not None else {}
+    last = stage.epochs[-1] if stage.epochs else {}
+    monitor = stage.end.get("monitor")
+    return Row(
+        (
+            Cell(stage.name),
+            ended,
+            Cell(epochs),
+            Cell(count_text(stage.num_steps)),
+            measured(stage.seconds, seconds_text),
+            measured(last.get("samples_per_second"), number_text),
+            measured(best.get("epoch"), count_text, "none yet"),
+            text_cell(monitor, "written when the stage ends"),
+            measured(stage.end.get("best_value"), number_text, "written when the stage ends"),
+        )
+    )
+
+
+def _resume_note(stage: StageHistory) -> Note:
+    steps = ", ".join(str(resume.get("step")) for resume in stage.resumes)
+    return Note(f"Stage {stage.name} was resumed at step {steps}; steps that were run again are drawn once.")
+
+
+def _undefined_notes(stages: list[StageHistory]) -> list[Note]:
+    notes = []
+    for stage in stages:
+        odd = {name: series.num_undefined for name, series in stage.steps.items() if series.num_undefined}
+        if "loss.total" in odd:
+            notes.append(Note(f"Stage {stage.name}: {odd['loss.total']} steps had no finite total loss.", "bad"))
+    return notes
+
+
+def _losses(stages: list[StageHistory]) -> list[Figure]:
+    """Draw the total and each term; a validation entry that has no training one is a metric, not a loss."""
+    seen = [name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "train")]
+    terms = sorted(dict.fromkeys(seen), key=lambda name: name != "total")
+    figures = []
+    for index, term in enumerate(terms):
+        lines = [
+            Line(part, colour, [_values(stage, part, term) for stage in stages])
+            for part, colour in (("train", "orange"), ("validation", "blue"))
+        ]
+        caption = "Weighted sum; the weights may differ by stage." if term == "total" else ""
+        figure = epoch_figure(f"loss-{index}", f"Loss: {term}", stages, lines, caption=caption)
+        figures += [figure] if figure else []
+    return figures
+
+
+def _metrics(run: Run) -> list[Figure]:
+    """Draw the validation metrics, those of one kind that belong together in one chart."""
+    stages = run.stages
+    trained = {name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "train")}
+    seen = dict.fromkeys(name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "validation"))
+    names = [name for name in seen if name not in trained and name != "total"]
+    pair = [name for name in ("above_accuracy", "below_accuracy") if name in names]
+    groups = [[name] for name in names if name not in pair]
+    groups.insert(1 if groups and groups[0] == ["mae"] else 0, pair)
+    figures = [_metric(f"metric-{index}", group, run) for index, group in enumerate(groups) if group]
+    return [figure for figure in figures if figure]
+
+
+def _metric(key: str, names: list[str], run: Run) -> Figure | None:
+    about = measure(names[0])
+    colours = ("orange", "blue")[-len(names) :]
+    lines = [
+        Line(measure(name).label, colour, [_values(stage, "validation", name) for stage in run.stages])
+        for name, colour in zip(names, colours, strict=True)
+    ]
+    title = about.label if len(names) == 1 else "Accuracy above and below the threshold"
+    caption = " ".join(MEASURES[name].meaning for name in names if name in MEASURES)
+    label = run.unit if about.kind == "unit" else ""
+    write = _percent if about.kind == "share" else number_text
+    return epoch_figure(key, title, run.stages, lines, label=label, caption=caption, write=write)
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g} %"
+
+
+def _values(stage: StageHistory, part: str, name: str) -> list[float | None]:
+    return [finite(mapping(epoch, part).get(name)) for epoch in stage.epochs]
+
+
+def _steps(stages: list[StageHistory]) -> list[Figure]:
+    figures = [
+        step_figure(f"step-{index}", title, stages, series, colour, caption=caption)
+        for index, (series, title, colour, caption) in enumerate(_STEP_CHARTS)
+    ]
+    return [figure for figure in figures if figure]

@@ -1,0 +1,113 @@
+"""Checkpoints: whole or absent, checked by hash, loadable without unpickling code.
+
+A checkpoint is a folder `step-N`; `last` and `best` are links to such folders, exchanged atomically.
+"""
+
+import os
+import secrets
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from memfit.errors import CheckpointError
+from memfit.files import fsync_directory, read_json, sha256_file, write_json
+
+WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and whose hashes agree."""
+
+    weights: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    record: dict[str, Any]
+
+
+def write_payload(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
+    """Write weights and state into a folder and fsync them; used by training and by the probe alike."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    torch.save(state, folder / STATE)
+    for name in (WEIGHTS, STATE):
+        with (folder / name).open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def save_checkpoint(
+    checkpoints: Path, model: nn.Module, state: dict[str, Any], record: dict[str, Any], links: tuple[str, ...]
+) -> Path:
+    """Write `step-N` atomically, then point the links at it.
+
+    `record` is JSON-able and holds "step"; the hashes of the files are added to it.
+    """
+    target = checkpoints / f"step-{record['step']}"
+    temporary = checkpoints / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        write_payload(temporary, model, state)
+        hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)}
+        write_json(temporary / RECORD, {**record, "sha256": hashes})
+        if target.exists():
+            shutil.rmtree(target)  # the same step again, after a resume
+        temporary.rename(target)
+        fsync_directory(checkpoints)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for link in links:
+        point(checkpoints / link, target.name)
+    return target
+
+
+def point(link: Path, target: str) -> None:
+    """Make a link point at a sibling, atomically."""
+    temporary = link.with_name(f".{link.name}.{secrets.token_hex(4)}.tmp")
+    temporary.symlink_to(target)
+    temporary.replace(link)
+    fsync_directory(link.parent)
+
+
+def prune(checkpoints: Path) -> None:
+    """Remove the steps that no link points at."""
+    kept = {link.resolve().name for link in checkpoints.iterdir() if link.is_symlink()}
+    for folder in checkpoints.glob("step-*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after comparing its files with their hashes.
+
+    Raises: CheckpointError when a file is missing, torn, corrupt, or holds anything but tensors and plain values.
+    """
+    try:
+        record = read_json(folder / RECORD)
+        for name, expected in record["sha256"].items():
+            if (got := sha256_file(folder / name)) != expected:
+                raise CheckpointError(
+                    f"{folder / name}: expected sha256 {expected[:12]}…, got {got[:12]}…: it is corrupt."
+                )
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return Checkpoint(load_file(folder / WEIGHTS), state, record)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: not a usable checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def newest(checkpoints: Path) -> Checkpoint | None:
+    """Read the newest usable checkpoint; unusable ones are passed over with a warning."""
+    steps = [folder for folder in checkpoints.glob("step-*") if folder.name[5:].isdigit()]
+    for folder in sorted(steps, key=lambda folder: int(folder.name[5:]), reverse=True):
+        try:
+            return load_checkpoint(folder)
+        except CheckpointError as error:
+            warnings.warn(f"{error} Using the one before.", RuntimeWarning, stacklevel=2)
+    return None

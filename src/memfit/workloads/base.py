@@ -1,0 +1,66 @@
+"""What the pipeline asks of a workload; everything that is special to one lives behind this."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from memfit.step import Batch
+
+Arrays = dict[str, np.ndarray]
+
+
+class Workload(Protocol):
+    """Prepared data, models, losses and metrics of one kind of problem."""
+
+    blocks: tuple[type[nn.Module], ...]
+    """Module types that activation checkpointing wraps."""
+    min_micro_batch_size: int
+
+    def variants(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Return model builders by name, the wanted one first."""
+
+    def num_samples(self, split: str) -> int:
+        """Count the samples of train, validation or test."""
+
+    def batch(self, split: str, indices: np.ndarray) -> Batch:
+        """Cut a batch of samples on the host; `indices` count within the split."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Return a weighted sum per term."""
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        """Return how much each term of a batch counts."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return predictions in the user's units, one row per sample."""
+
+    def truth(self, split: str, indices: np.ndarray) -> Arrays:
+        """Return what the predictions are compared with."""
+
+    def score(self, truth: Arrays, predictions: Arrays) -> dict[str, float | None]:
+        """Return the workload's metrics; one that is undefined is None."""
+
+    def baselines(self, split: str) -> dict[str, Arrays]:
+        """Return the predictions of trivial models, by name."""
+
+    def inference_module(self, model: nn.Module) -> nn.Module:
+        """Wrap a model for consumers: user's units in, user's units and probabilities out, as a tuple."""
+
+    def export(self, samples: int) -> "ExportSpec":
+        """Describe inputs and outputs, with real test rows as the sample."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts for reports: unit, threshold, what the metrics mean."""
+
+
+class ExportSpec(Protocol):
+    """What the export needs to know of a workload."""
+
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    sample_inputs: Arrays
+    card: dict[str, Any]
+    support_files: dict[str, Path]
