@@ -7,12 +7,14 @@ and threshold are rounded to float32 first, the precision in which they are stor
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 MAX_ABSOLUTE = 1e37
 """Larger values would overflow float32 in a difference."""
@@ -44,7 +46,11 @@ class _Block:
     back: int
     num_rows: int
 
-    def past(self, series: NDArray[Any], rows: int) -> NDArray[Any]:
+    def column(self, extra: int | None) -> Floats:
+        """Return the series itself, or one of the extra columns."""
+        return self.values if extra is None else self.extras[:, extra]
+
+    def past(self, series: NDArray[Scalar], rows: int) -> NDArray[Scalar]:
         """Return, for every row of the block, what `series` was `rows` rows earlier."""
         return series[self.back - rows : self.back - rows + self.num_rows]
 
@@ -122,53 +128,56 @@ def _groups(spec: Mapping[str, Any], extra_columns: Sequence[str]) -> list[_Grou
     groups = [*_value_groups(spec)]
     for index, column in enumerate(extra_columns):
         groups += _extra_groups(spec, index, column)
-    return groups
+    return [group for group in groups if group.names]
 
 
 def _value_groups(spec: Mapping[str, Any]) -> Iterator[_Group]:
     for k in spec.get("lags", ()):
-        yield _Group([f"lag_{k}"], k, lambda b, k=k: [b.past(b.values, k - 1)])
+        yield _Group([f"lag_{k}"], k, partial(_lag, extra=None, rows=k))
     for k in spec.get("difference_lags", ()):
-        yield _Group([f"difference_{k}"], k + 1, lambda b, k=k: [_difference(b, b.values, k)])
+        yield _Group([f"difference_{k}"], k + 1, partial(_difference, extra=None, rows=k))
     statistics = tuple(spec.get("rolling_statistics", ()))
     quantiles = tuple(spec.get("rolling_quantiles", ()))
     for w in spec.get("rolling_windows", ()):
-        if statistics:
-            names = [f"{statistic}_{w}" for statistic in statistics]
-            yield _Group(names, w, lambda b, w=w: _rolling_statistics(b, w, statistics))
-        if quantiles:
-            names = [f"q{100 * q:g}_{w}" for q in quantiles]
-            yield _Group(names, w, lambda b, w=w: _rolling_quantiles(b, w, quantiles))
+        names = [f"{statistic}_{w}" for statistic in statistics]
+        yield _Group(names, w, partial(_rolling_statistics, window=w, wanted=statistics))
+        names = [f"q{100 * q:g}_{w}" for q in quantiles]
+        yield _Group(names, w, partial(_rolling_quantiles, window=w, quantiles=quantiles))
     for term in spec.get("calendar", ()):
         names = [term] if term in ("weekend", "elapsed") else [f"{term}_sin", f"{term}_cos"]
-        yield _Group(names, 2 if term == "elapsed" else 1, lambda b, term=term: _calendar(b, term))
+        yield _Group(names, 2 if term == "elapsed" else 1, partial(_calendar, term=term))
     if cap := spec.get("streak_window", 0):
         names = ["streak_above", "streak_below", "streak_rising", "streak_falling"]
-        yield _Group(names, cap + 1, lambda b: _streaks(b, cap))
+        yield _Group(names, cap + 1, partial(_streaks, cap=cap))
     for w in spec.get("share_windows", ()):
-        yield _Group([f"share_above_{w}"], w, lambda b, w=w: [_share_above(b, w)])
+        yield _Group([f"share_above_{w}"], w, partial(_share_above, window=w))
 
 
 def _extra_groups(spec: Mapping[str, Any], index: int, column: str) -> Iterator[_Group]:
     for k in spec.get("extra_lags", ()):
-        yield _Group([f"{column}.lag_{k}"], k, lambda b, k=k: [b.past(b.extras[:, index], k - 1)])
+        yield _Group([f"{column}.lag_{k}"], k, partial(_lag, extra=index, rows=k))
     for k in spec.get("extra_difference_lags", ()):
-        name = f"{column}.difference_{k}"
-        yield _Group([name], k + 1, lambda b, k=k: [_difference(b, b.extras[:, index], k)])
+        yield _Group([f"{column}.difference_{k}"], k + 1, partial(_difference, extra=index, rows=k))
     for w in spec.get("extra_mean_windows", ()):
-        yield _Group([f"{column}.mean_{w}"], w, lambda b, w=w: [_mean(b, b.extras[:, index], w)])
+        yield _Group([f"{column}.mean_{w}"], w, partial(_mean, extra=index, window=w))
 
 
-def _difference(block: _Block, series: Floats, rows: int) -> Floats:
-    return block.past(series, 0) - block.past(series, rows)
+def _lag(block: _Block, extra: int | None, rows: int) -> list[Floats]:
+    return [block.past(block.column(extra), rows - 1)]
 
 
-def _mean(block: _Block, series: Floats, window: int) -> Floats:
+def _difference(block: _Block, extra: int | None, rows: int) -> list[Floats]:
+    series = block.column(extra)
+    return [block.past(series, 0) - block.past(series, rows)]
+
+
+def _mean(block: _Block, extra: int | None, window: int) -> list[Floats]:
+    series = block.column(extra)
     newest = block.past(series, 0)
     total = np.zeros(block.num_rows)
     for k in range(1, window):
         total += block.past(series, k) - newest
-    return newest + total / window
+    return [newest + total / window]
 
 
 def _rolling_statistics(block: _Block, window: int, wanted: Sequence[str]) -> list[Floats]:
@@ -264,11 +273,11 @@ def _streaks(block: _Block, cap: int) -> list[NDArray[Any]]:
     return [*runs]
 
 
-def _share_above(block: _Block, window: int) -> Floats:
+def _share_above(block: _Block, window: int) -> list[Floats]:
     count = np.zeros(block.num_rows, np.int64)
     for k in range(window):
         count += block.past(block.values, k) > block.threshold
-    return count / window
+    return [count / window]
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:

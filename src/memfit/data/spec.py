@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -140,7 +141,7 @@ class SeriesSpec:
         edges, quantiles = self.class_edges, self.class_quantiles
         require(not (edges and quantiles), "class_edges and class_quantiles", "one of the two", "both")
         for name, cuts in (("class_edges", edges), ("class_quantiles", quantiles)):
-            rising = cuts is None or (len(cuts) > 0 and all(a < b for a, b in zip(cuts, cuts[1:])))
+            rising = cuts is None or (len(cuts) > 0 and all(a < b for a, b in itertools.pairwise(cuts)))
             require(rising, name, "one or more rising numbers", cuts)
             require(all(map(math.isfinite, cuts or ())), name, "finite numbers", cuts)
         inside = all(0 < q < 1 for q in quantiles or ())
@@ -221,4 +222,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_source(value: Any, where: str) -> FilesSource | SampleSource:
     kind = value.get("kind") if isinstance(value, Mapping) else None
     require(kind in ("files", "sample"), where + ".kind", '"files" or "sample"', kind)
-    return build(FilesSource if kind == "files" else SampleSource, value, where + ".")
+    if kind == "files":
+        return build(FilesSource, value, where + ".")
+    return build(SampleSource, value, where + ".")

@@ -381,7 +381,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict = verbs.add_parser("predict", help="print the outputs as JSON")
     source = predict.add_mutually_exclusive_group(required=True)
-    source.add_argument("--csv", type=Path, help="history of a series, oldest row first: predicts the row after the last")
+    source.add_argument(
+        "--csv", type=Path, help="history of a series, oldest row first: predicts the row after the last"
+    )
     source.add_argument("--inputs", type=Path, help=".npz with one array per input, such as sample_inputs.npz")
     predict.add_argument("--out", type=Path, help="write the outputs to this .npz instead of printing them")
     return parser

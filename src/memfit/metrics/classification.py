@@ -11,7 +11,7 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDArr
     """Return how many rows of class i were predicted as j, [C, C]; raise DataError for a class outside 0..C-1."""
     truth, predicted = paired(truth, predicted, np.int64)
     for name, classes in (("truth", truth), ("predicted", predicted)):
-        if classes.size and not (0 <= classes.min() and classes.max() < num_classes):
+        if classes.size and (classes.min() < 0 or classes.max() >= num_classes):
             raise DataError(
                 f"Classes must be 0 to {num_classes - 1}; {name} has {classes.min()} to {classes.max()}. "
                 "Use the class edges that the model was trained with."
@@ -23,7 +23,7 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDArr
 def accuracy(truth: ArrayLike, predicted: ArrayLike) -> float | None:
     """Return the share of the [n] rows whose class was predicted; None without rows."""
     truth, predicted = paired(truth, predicted, np.int64)
-    return share(np.count_nonzero(truth == predicted), truth.size)
+    return share(truth == predicted, np.ones_like(truth, np.bool_))
 
 
 def macro_f1(truth: ArrayLike, predicted: ArrayLike, num_classes: int) -> float | None:

@@ -1,6 +1,7 @@
 """What the pipeline asks of a workload; everything that is special to one lives behind this."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,21 @@ from torch import Tensor, nn
 from memfit.step import Batch
 
 Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec:
+    """What the export needs to know of a workload."""
+
+    inputs: list[dict[str, Any]]
+    """name, shape (a name is a dimension of any size), dtype, unit, description."""
+    outputs: list[dict[str, Any]]
+    sample_inputs: Arrays
+    """Real test rows."""
+    card: dict[str, Any]
+    """Further sections of the model card."""
+    support_files: dict[str, Path]
+    """Name in the bundle -> file to copy."""
 
 
 class Workload(Protocol):
@@ -49,18 +65,8 @@ class Workload(Protocol):
     def inference_module(self, model: nn.Module) -> nn.Module:
         """Wrap a model for consumers: user's units in, user's units and probabilities out, as a tuple."""
 
-    def export(self, samples: int) -> "ExportSpec":
+    def export(self, samples: int) -> ExportSpec:
         """Describe inputs and outputs, with real test rows as the sample."""
 
     def describe(self) -> dict[str, Any]:
         """Return the facts for reports: unit, threshold, what the metrics mean."""
-
-
-class ExportSpec(Protocol):
-    """What the export needs to know of a workload."""
-
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-    sample_inputs: Arrays
-    card: dict[str, Any]
-    support_files: dict[str, Path]

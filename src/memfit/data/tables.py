@@ -1,0 +1,184 @@
+"""The needed columns of one CSV or Parquet file, read batch by batch in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from memfit.data.spec import nearest
+from memfit.errors import DataError
+
+CSV_SUFFIXES = (".csv", ".csv.gz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+CSV_BLOCK_BYTES = 1 << 20
+"""A CSV row longer than this is refused, whatever the file's size."""
+BATCH_ROWS = 1 << 16
+MISSING = ("", "na", "n/a", "nan", "null", "none", "nat", "-nan", "<na>", "#n/a")
+FULL_DATE = r"\s*\d{4}-\d\d-\d\d"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file are read, and which rows: all, or those where a text column says so."""
+
+    time: str
+    numbers: tuple[str, ...]
+    only: tuple[str, str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that must be there."""
+        return [self.time, *self.numbers, *([self.only[0]] if self.only else [])]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file, in the file's order: UTC nanoseconds [N] and numbers [N, columns]; NaN is missing."""
+
+    times: NDArray[np.int64]
+    numbers: NDArray[np.float64]
+
+
+def read_table(path: Path, columns: Columns) -> Table:
+    """Read the columns of a file.
+
+    Raises DataError for an unreadable file, a missing column, a wrong type or an unparsable time; the message
+    names the row, counted from 1 after the header, and its text.
+    """
+    times: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    numbers: list[NDArray[np.float64]] = [np.empty((0, len(columns.numbers)))]
+    first_row = 1
+    try:
+        for batch in _batches(path, columns):
+            keep = _kept(batch, columns.only)
+            place = _Place(path, first_row)
+            times.append(_parse_times(batch.column(columns.time), columns.time, place)[keep])
+            parsed = [_parse_numbers(batch.column(name), name, place) for name in columns.numbers]
+            numbers.append(np.stack(parsed, axis=1)[keep])
+            first_row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    return Table(np.concatenate(times), np.concatenate(numbers))
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    first_row: int
+
+    def row(self, index: int) -> str:
+        return f"{self.path}, row {self.first_row + index}"
+
+
+def _batches(path: Path, columns: Columns) -> Iterator[pa.RecordBatch]:
+    if path.name.lower().endswith(PARQUET_SUFFIXES):
+        with pa.parquet.ParquetFile(path) as opened:
+            _check_columns(path, opened.schema_arrow.names, columns.names)
+            yield from opened.iter_batches(BATCH_ROWS, columns=columns.names, use_threads=False)
+        return
+    with _open_csv(path, pa.csv.ConvertOptions()) as opened:
+        _check_columns(path, opened.schema.names, columns.names)
+    as_text = {name: pa.string() for name in columns.names}
+    options = pa.csv.ConvertOptions(include_columns=columns.names, column_types=as_text)
+    with _open_csv(path, options) as opened:
+        yield from opened
+
+
+def _open_csv(path: Path, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
+    return pa.csv.open_csv(
+        path,
+        read_options=pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES, use_threads=False),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=convert,
+    )
+
+
+def _check_columns(path: Path, found: list[str], wanted: list[str]) -> None:
+    for name in wanted:
+        if name not in found:
+            some = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
+            raise DataError(f"{path}: no column {name!r}{nearest(name, found)}; it has {some}")
+        if found.count(name) > 1:
+            raise DataError(f"{path}: {found.count(name)} columns are named {name!r}; rename all but one")
+
+
+def _kept(batch: pa.RecordBatch, only: tuple[str, str] | None) -> NDArray[np.bool_]:
+    if only is None:
+        return np.ones(batch.num_rows, np.bool_)
+    name, wanted = only
+    kept: NDArray[np.bool_] = np.asarray(batch.column(name).to_pandas() == wanted, np.bool_)
+    return kept
+
+
+def _parse_times(array: pa.Array, name: str, place: _Place) -> NDArray[np.int64]:
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        stamps = _parse_texts(array.to_pandas().astype("str"), name, place)
+    elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        stamps = pd.to_datetime(array.to_pandas(), utc=True)
+    else:
+        raise DataError(
+            f"{place.path}: column {name!r} has the type {kind}; expected ISO 8601 text or timestamps. "
+            "Convert it, for instance with pandas.to_datetime(..., unit='s')"
+        )
+    if stamps.isna().any():
+        index = int(np.argmax(stamps.isna()))
+        raise DataError(f"{place.row(index)}: no time in column {name!r}; expected one in every row")
+    try:
+        return stamps.dt.as_unit("ns").to_numpy(np.dtype("datetime64[ns]")).astype(np.int64)
+    except pd.errors.OutOfBoundsDatetime as error:
+        raise DataError(f"{place.path}: column {name!r} holds {error}; expected 1678 to 2261") from error
+
+
+def _parse_texts(texts: "pd.Series[str]", name: str, place: _Place) -> "pd.Series[pd.Timestamp]":
+    """Parse full ISO 8601 dates; pandas alone would take "now" and "2013" too."""
+    full = texts.str.match(FULL_DATE).fillna(value=False).astype(bool)
+    stamps = pd.to_datetime(texts.where(full), utc=True, format="ISO8601", errors="coerce")
+    if stamps.isna().any():
+        index = int(np.argmax(stamps.isna()))
+        raise DataError(
+            f"{place.row(index)}: {_text(texts.iloc[index])} in column {name!r} is no time; "
+            "expected ISO 8601 such as 2013-01-01T06:00:00Z"
+        )
+    return stamps
+
+
+def _parse_numbers(array: pa.Array, name: str, place: _Place) -> NDArray[np.float64]:
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if pa.types.is_null(kind):
+        return np.full(len(array), np.nan)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        numbers: NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        return numbers
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{place.path}: column {name!r} has the type {kind}; expected numbers")
+    texts = array.to_pandas().astype("str")
+    parsed = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
+    missing = texts.isna() | texts.str.strip().str.lower().isin(MISSING)
+    bad = np.isnan(parsed) & ~missing.to_numpy(np.bool_)
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise DataError(
+            f"{place.row(index)}: {_text(texts.iloc[index])} in column {name!r} is no number; "
+            "expected one such as 1.5, or an empty field where the observation is missing"
+        )
+    return parsed
+
+
+def _text(value: object) -> str:
+    shown = str(value)
+    return repr(shown if len(shown) <= 60 else shown[:57] + "...")
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    if "straddling" in str(error) or "cannot infer number of columns" in str(error):
+        limit = f"{CSV_BLOCK_BYTES >> 20} MiB"
+        return DataError(f"{path}: a row is longer than {limit}; expected a table of short rows, one a line")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{path} cannot be read: {reason[:200]}. Check that it is whole and what its suffix says")

@@ -1,0 +1,178 @@
+"""The training loop of one stage: epochs of global batches, validation, best weights, early stopping."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memfit.errors import MemfitError, Resumable
+from memfit.memory import budget
+from memfit.memory.plan import Plan
+from memfit.process import stop_requested
+from memfit.step import StepStats, TrainingStep
+from memfit.training.checkpoint import prune, save_checkpoint
+from memfit.training.evaluate import evaluate_split
+from memfit.training.events import EventLog
+from memfit.training.optimizers import Schedule
+from memfit.training.stage import Progress, capture, sample_order
+from memfit.workloads.base import Workload
+
+MAX_BAD_STEPS = 3
+"""Steps in a row with a loss or gradient that is not finite, before training stops."""
+
+
+@dataclass
+class StageLoop:
+    """Trains one stage from wherever its progress stands to its end."""
+
+    workload: Workload
+    step: TrainingStep
+    schedule: Schedule
+    progress: Progress
+    events: EventLog
+    plan: Plan
+    stage: Mapping[str, Any]
+    """The stage's settings: epochs, monitor, monitor_mode, patience, checkpoint_every_epochs, max_steps."""
+    stage_index: int
+    seed: int
+    checkpoints: Path
+    record: Mapping[str, Any]
+    """What every checkpoint names: stage, fingerprint."""
+    _bad_steps: int = 0
+
+    def run(self) -> str:
+        """Train to the end; return why it ended: epochs, early_stopping or max_steps.
+
+        Raises: Resumable after a requested stop, a checkpoint written.
+        """
+        self._started = time.perf_counter() - self.progress.seconds
+        while (reason := self._finished()) is None:
+            self._epoch()
+        self.progress.seconds = time.perf_counter() - self._started
+        return reason
+
+    def _finished(self) -> str | None:
+        if self.progress.epoch >= self.stage["epochs"]:
+            return "epochs"
+        if self._at_max_steps() and not self.progress.batch:
+            return "max_steps"
+        patience = self.stage["patience"]
+        if patience is not None and self.progress.epochs_since_best >= patience:
+            return "early_stopping"
+        return None
+
+    def _at_max_steps(self) -> bool:
+        limit = self.stage["max_steps"]
+        return limit is not None and self.progress.step >= limit
+
+    def _epoch(self) -> None:
+        started, before = time.perf_counter(), self.progress.samples
+        size = self.plan.global_batch_size
+        order = sample_order(
+            self.workload.num_samples("train"), seed=self.seed, stage=self.stage_index, epoch=self.progress.epoch
+        )
+        while self.progress.batch * size < len(order) and not self._at_max_steps():
+            chosen = order[self.progress.batch * size : (self.progress.batch + 1) * size]
+            self._train(chosen)
+            if stop_requested():
+                self._stop()
+        trained = time.perf_counter() - started
+        self._close_epoch(trained, (self.progress.samples - before) / trained, len(order))
+
+    def _train(self, indices: np.ndarray) -> None:
+        stats = self.step(self.workload.batch("train", indices))
+        self.schedule.after_step()
+        progress = self.progress
+        progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        progress.samples += stats.num_samples
+        for term, value in stats.losses.items():
+            progress.sums[term] = progress.sums.get(term, 0.0) + value * stats.num_samples
+        self.events.write(
+            "step",
+            step=progress.step,
+            epoch=progress.epoch + 1,
+            losses={**stats.losses, "total": stats.total},
+            lr=self._lr(),
+            gradient_norm=stats.gradient_norm,
+            loss_scale=stats.loss_scale,
+            seconds=stats.seconds,
+        )
+        self._check_numbers(stats, indices)
+
+    def _check_numbers(self, stats: StepStats, indices: np.ndarray) -> None:
+        scaled_away = self.plan.precision == "fp16" and math.isfinite(stats.total)  # the loss scaler's business
+        bad = not (math.isfinite(stats.total) and math.isfinite(stats.gradient_norm))
+        self._bad_steps = self._bad_steps + 1 if bad and not scaled_away else 0
+        if self._bad_steps >= MAX_BAD_STEPS:
+            raise MemfitError(
+                f"stage {self.stage['name']!r}: loss or gradients were not finite in {MAX_BAD_STEPS} steps up to step "
+                f"{self.progress.step} (samples {indices[:8].tolist()}...). Lower lr, set clip, or use fp32 or bf16; "
+                f"the last checkpoint in {self.checkpoints} is intact."
+            )
+
+    def _lr(self) -> float:
+        return float(self.step.optimizer.param_groups[0]["lr"])
+
+    def _stop(self) -> None:
+        self._save(("last",))
+        raise Resumable(
+            f"stage {self.stage['name']!r} stopped on request after step {self.progress.step}, checkpoint written."
+        )
+
+    def _close_epoch(self, seconds: float, rate: float, epoch_samples: int) -> None:
+        """Validate, keep the best weights, log, and write the checkpoint that a resume starts from."""
+        progress = self.progress
+        lr = self._lr()
+        train = {term: value / max(progress.samples, 1) for term, value in progress.sums.items()}
+        validation = self._validate()
+        monitored = validation.get(self.stage["monitor"])
+        best = progress.improves(monitored, self.stage["monitor_mode"])
+        progress.epoch, progress.batch, progress.sums, progress.samples = progress.epoch + 1, 0, {}, 0
+        progress.epochs_since_best = 0 if best else progress.epochs_since_best + 1
+        if best:
+            progress.best_value, progress.best_epoch = monitored, progress.epoch
+        if monitored is not None:
+            self.schedule.after_epoch(monitored)
+        device = self.plan.device
+        self.events.write(
+            "epoch",
+            epoch=progress.epoch,
+            step=progress.step,
+            train={**train, "total": sum(train.values())},
+            validation=validation,
+            memory={"now_bytes": budget.now_bytes(device), "peak_bytes": budget.peak_bytes(device)},
+            samples_per_second=rate,
+            eta_seconds=(self.stage["epochs"] - progress.epoch) * epoch_samples / rate if rate else None,
+            seconds=seconds,
+            lr=lr,
+            best=best,
+        )
+        self._save(("last", "best") if best or progress.best_epoch == 0 else ("last",))
+
+    def _validate(self) -> dict[str, float | None]:
+        losses, predictions = evaluate_split(
+            self.workload,
+            self.step.model,
+            "validation",
+            batch_size=self.plan.eval_batch_size,
+            precision=self.plan.precision,
+            device=self.plan.device,
+        )
+        truth = self.workload.truth("validation", np.arange(self.workload.num_samples("validation")))
+        return {**losses, **self.workload.score(truth, predictions)}
+
+    def _save(self, links: tuple[str, ...]) -> None:
+        progress = self.progress
+        progress.seconds = time.perf_counter() - self._started
+        progress.events_bytes = self.events.sync()
+        every = self.stage["checkpoint_every_epochs"]
+        if every and not progress.batch and progress.epoch % every == 0:
+            links = (*links, f"epoch-{progress.epoch}")
+        state = capture(self.step, self.schedule, progress)
+        record = {**self.record, "step": progress.step, "epoch": progress.epoch, "batch": progress.batch}
+        save_checkpoint(self.checkpoints, self.step.model, state, record, links)
+        prune(self.checkpoints)

@@ -1,0 +1,110 @@
+"""The child that trains one stage: limits, seeds, model, resume, loop."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from memfit.errors import CheckpointError
+from memfit.memory import budget
+from memfit.memory.plan import Plan
+from memfit.process import Emit
+from memfit.step import TrainingStep
+from memfit.training.checkpoint import load_checkpoint, newest
+from memfit.training.events import EventLog
+from memfit.training.loop import StageLoop
+from memfit.training.optimizers import Schedule
+from memfit.training.program import stage_program
+from memfit.training.stage import Progress, restore, seed_everything
+from memfit.workloads.registry import load_workload
+
+
+def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Train one stage under its plan; return its result.
+
+    job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights.
+    A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused.
+    """
+    plan = Plan.from_dict(job["plan"])
+    workload, stage = load_workload(job), job["stage"]
+    budget.enforce_budget(plan.budget_bytes, plan.device)
+    emit({"event": "phase", "phase": "build"})
+    seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))
+    program = stage_program(workload, stage)
+    model = program.build(plan.variant)
+    if job["initial_weights"] is not None:
+        model.load_state_dict(load_checkpoint(Path(job["initial_weights"])).weights)
+    model = model.to(plan.device).train()
+    step = TrainingStep(plan, program, model, program.optimizer(model), clip=stage["clip"])
+    steps_per_epoch = -(-workload.num_samples("train") // plan.global_batch_size)
+    schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
+    checkpoints = Path(job["stage_dir"]) / "checkpoints"
+    progress = _resume(checkpoints, job["fingerprint"], step, schedule)
+    events = EventLog(Path(job["stage_dir"]) / "events.jsonl", emit, progress.events_bytes if progress else 0)
+    if progress is None:
+        events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
+    else:
+        emit({"event": "resume", "step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)})
+    record = {"stage": stage["name"], "fingerprint": job["fingerprint"]}
+    loop = StageLoop(
+        workload,
+        step,
+        schedule,
+        progress or Progress(),
+        events,
+        plan,
+        stage,
+        job["stage_index"],
+        job["seed"],
+        checkpoints,
+        record,
+    )
+    emit({"event": "phase", "phase": "train"})
+    reason = loop.run()
+    result = {
+        "reason": reason,
+        "monitor": stage["monitor"],
+        "best_epoch": loop.progress.best_epoch,
+        "best_value": loop.progress.best_value,
+        "epochs": loop.progress.epoch,
+        "steps": loop.progress.step,
+        "seconds": loop.progress.seconds,
+    }
+    events.write("stage_end", **result)
+    events.sync()
+    events.close()
+    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
+
+
+def _resume(checkpoints: Path, fingerprint: str, step: TrainingStep, schedule: Schedule) -> Progress | None:
+    if not checkpoints.exists():
+        return None
+    found = newest(checkpoints)
+    if found is None:
+        return None
+    if found.record["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoints}: expected a checkpoint of this stage ({fingerprint}), got one of another config, data or "
+            f"code ({found.record['fingerprint']}). Use a new run directory."
+        )
+    step.model.load_state_dict(found.weights)
+    return restore(found.state, step, schedule)
+
+
+def _start_facts(
+    job: dict[str, Any], plan: Plan, workload: Any, model: nn.Module, steps_per_epoch: int
+) -> dict[str, Any]:
+    parameters = list(model.parameters())
+    return {
+        "stage": job["stage"]["name"],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "num_train": workload.num_samples("train"),
+        "num_validation": workload.num_samples("validation"),
+        "epochs": job["stage"]["epochs"],
+        "steps_per_epoch": steps_per_epoch,
+        "plan": plan.to_dict(),
+    }
