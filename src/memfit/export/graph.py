@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import Message
 from torch import nn
 
 from memfit.errors import ExportError
@@ -132,12 +131,12 @@ def strip(model: Any) -> None:
     del model.graph.value_info[:]
 
 
-def strip_message(message: Message) -> None:
+def strip_message(message: Any) -> None:
     """Clear `metadata_props` and `doc_string` here and in every message below."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
-        elif isinstance(value, Message):
+        elif hasattr(value, "ListFields"):
             strip_message(value)
         elif field.message_type is not None:
             for item in value:

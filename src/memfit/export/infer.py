@@ -1,4 +1,4 @@
-"""Run the model of this folder: numpy and onnxruntime are all it needs.
+"""Run the model of this folder: numpy and onnxruntime are all it needs. One file, made to be copied.
 
 In Python: `Model("path/to/this/folder").predict(name=array, ...)`. In a terminal: `python infer.py --help`.
 """
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -140,6 +141,32 @@ def next_step(times: Any, frequency: str | None) -> int | None:
     return step
 
 
+def take_history(
+    times: Any, values: Any, extras: Any, extra_columns: Sequence[str], num_rows: int
+) -> tuple[Any, Any, Any]:
+    """Check the history of a series and return its last `num_rows` rows: times [n], values [n], extras [n, E]."""
+    stamps = to_nanoseconds(times)
+    try:
+        history = np.asarray(values, np.float64)
+        others = np.asarray(np.empty((len(stamps), 0)) if extras is None else extras, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"history: expected numbers; {error}") from error
+    if history.shape != stamps.shape or others.shape != (len(stamps), len(extra_columns)):
+        raise InputError(
+            f"history: expected values [{len(stamps)}] and extras [{len(stamps)}, {len(extra_columns)}] for "
+            f"{len(stamps)} times, got {list(history.shape)} and {list(others.shape)}; the extra columns are "
+            f"{list(extra_columns)}"
+        )
+    if len(stamps) < num_rows:
+        raise InputError(f"history: expected at least {num_rows} rows, got {len(stamps)}; give more of the past")
+    stamps, history, others = stamps[-num_rows:], history[-num_rows:], others[-num_rows:]
+    if not (np.isfinite(history).all() and np.isfinite(others).all()):
+        raise InputError(f"history: the last {num_rows} rows hold NaN or infinity; fill them first")
+    if (np.diff(stamps) <= 0).any():
+        raise InputError("times: expected strictly increasing times; sort them and drop duplicates")
+    return stamps, history, others
+
+
 def to_nanoseconds(times: Any) -> Any:
     """Convert int64 nanoseconds, datetime64, datetimes or ISO 8601 texts (UTC unless they say) to int64 [N]."""
     array = np.asarray(times)
@@ -219,27 +246,16 @@ class Model:
         without their batch dimension, `after` (the last time given) and `time` (the predicted row's; None where the
         series has no fixed frequency).
         """
-        series, needed = self._series(), self.rows_needed
-        stamps, history = to_nanoseconds(times), np.asarray(values, np.float64)
-        num_extras = len(series["extra_columns"])
-        others = np.asarray(np.empty((len(stamps), 0)) if extras is None else extras, np.float64)
-        if history.shape != stamps.shape or others.shape != (len(stamps), num_extras):
-            raise InputError(
-                f"expected values [{len(stamps)}] and extras [{len(stamps)}, {num_extras}] for {len(stamps)} times, "
-                f"got {list(history.shape)} and {list(others.shape)}; the extra columns are {series['extra_columns']}"
-            )
-        if len(stamps) < needed:
-            raise InputError(f"history: expected at least {needed} rows, got {len(stamps)}; give more of the past")
-        stamps, history, others = stamps[-needed:], history[-needed:], others[-needed:]
-        if not (np.isfinite(history).all() and np.isfinite(others).all()):
-            raise InputError(f"history: the last {needed} rows hold NaN or infinity; fill them first")
-        if (np.diff(stamps) <= 0).any():
-            raise InputError("times: expected strictly increasing times; sort them and drop duplicates")
+        series = self.series
+        stamps, history, others = take_history(times, values, extras, series["extra_columns"], self.rows_needed)
         step = next_step(stamps, series.get("frequency"))
         feeds = {"history": history[None, len(history) - int(series["context"]) :]}
         if any(spec["name"] == "features" for spec in self.inputs):
-            threshold, spec = series["threshold"], series["feature_spec"]
-            feeds["features"] = self.features.compute_features(stamps, history, others, threshold, spec)[-1:]
+            try:
+                threshold, spec = series["threshold"], series["feature_spec"]
+                feeds["features"] = self.features.compute_features(stamps, history, others, threshold, spec)[-1:]
+            except ValueError as error:
+                raise InputError(f"features.py: {error}") from error
         row = {name: array[0] for name, array in self.predict(**feeds).items()}
         after = to_iso(stamps[-1])
         return row | {"after": after, "time": None if step is None else to_iso(stamps[-1] + step)}
@@ -247,8 +263,7 @@ class Model:
     @property
     def rows_needed(self) -> int:
         """How many rows of history a prediction reads."""
-        series = self._series()
-        return max(int(series["context"]), int(series["lookback"]), 1)
+        return max(int(self.series["context"]), int(self.series["lookback"]), 1)
 
     @property
     def features(self) -> ModuleType:
@@ -269,7 +284,9 @@ class Model:
             self._features = module
         return self._features
 
-    def _series(self) -> dict[str, Any]:
+    @property
+    def series(self) -> dict[str, Any]:
+        """The card's section on the series that was learnt. Raises InputError where the model is of another kind."""
         section = self.card.get("series")
         if not isinstance(section, dict):
             raise InputError("this model does not predict a series; call predict with the inputs of its signature")
@@ -279,7 +296,10 @@ class Model:
         path = self.folder / "model_card.json"
         if not path.is_file():
             raise BundleError(f"{path} is not there; give the folder that holds the exported model")
-        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{path} is not JSON: {error}; copy the bundle again") from error
         if card.get("schema") != 1:
             raise BundleError(f"{path}: expected schema 1, got {card.get('schema')}; take the infer.py beside it")
         return card
@@ -311,8 +331,11 @@ def load_arrays(path: Path) -> dict[str, Any]:
     """Read all arrays of an .npz file; pickled objects are refused."""
     if not path.is_file():
         raise InputError(f"{path} is not there; expected an .npz file with one array per input")
-    with np.load(path, allow_pickle=False) as opened:
-        return {name: opened[name] for name in opened.files}
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except (ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: expected an .npz file of plain arrays; {error}") from error
 
 
 def read_csv(path: Path, series: Mapping[str, Any], num_rows: int) -> tuple[list[int], Any, Any]:
@@ -355,12 +378,13 @@ def describe(card: Mapping[str, Any]) -> str:
 def run_predict(model: Model, args: argparse.Namespace) -> Any:
     """Predict from a CSV or an .npz file; return what is to be printed."""
     if args.csv is not None:
-        times, values, extras = read_csv(args.csv, model._series(), model.rows_needed)
+        times, values, extras = read_csv(args.csv, model.series, model.rows_needed)
         outputs = model.predict_series(times, values, extras)
     else:
         outputs = model.predict(**load_arrays(args.inputs))
     if args.out is not None:
-        np.savez(args.out, **{name: array for name, array in outputs.items() if array is not None})
+        with args.out.open("wb") as opened:  # given a path, numpy would change its name
+            np.savez(opened, **{name: array for name, array in outputs.items() if array is not None})
         return {"written": str(args.out)}
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in outputs.items()}
 
@@ -406,6 +430,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, BundleError, MismatchError) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except (OSError, UnicodeError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return InputError.exit_code
     return 0
 
 

@@ -96,7 +96,7 @@ def check_parity(
     `infer.compare`'s. Raises ExportError with the worst figure where an output is beyond its tolerance.
     """
     session = open_session(path)
-    batches = []
+    batches: list[dict[str, Any]] = []
     for sizes in parity_sizes(named_sizes(inputs, sample_inputs)):
         arrays = {spec.name: spec.resize(sample_inputs[spec.name], sizes) for spec in inputs}
         expected = run_torch(module, inputs, outputs, arrays)

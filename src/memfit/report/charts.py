@@ -96,9 +96,7 @@ def step_figure(
             xs = [start + step for step in thinned.steps]
             if thinned.stride > 1:
                 banded = True
-                plot.axes.fill_between(
-                    xs, thinned.lows, thinned.highs, color=COLOURS[colour], alpha=0.22, linewidth=0
-                )
+                plot.axes.fill_between(xs, thinned.lows, thinned.highs, color=COLOURS[colour], alpha=0.22, linewidth=0)
             plot.axes.plot(xs, thinned.means, color=COLOURS[colour], linewidth=1.4, marker=_marker(len(xs)))
             drawn += [*thinned.lows, *thinned.highs]
         finish_axes(plot.axes, drawn, number_text, from_zero=False)
@@ -110,9 +108,7 @@ def step_figure(
     return Figure(title, svg, caption, legend if banded else ())
 
 
-def finish_axes(
-    axes: Axes, values: Sequence[float | None], write: Callable[[float], str], from_zero: bool
-) -> None:
+def finish_axes(axes: Axes, values: Sequence[float | None], write: Callable[[float], str], from_zero: bool) -> None:
     """Choose the vertical scale: logarithmic where positive values span more than a factor of 50."""
     known = [value for value in values if value is not None]
     if known and min(known) > 0 and max(known) / min(known) > 50 and not from_zero:
@@ -194,4 +190,3 @@ def _separate(plot: Plot, stretch: Stretch, offset: float) -> None:
 def _summary(line: Line, write: Callable[[float], str]) -> str:
     known = [point for part in line.parts for point in part if point is not None]
     return f"{line.label}: first {write(known[0])}, last {write(known[-1])}."
-

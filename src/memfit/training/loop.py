@@ -61,7 +61,7 @@ class StageLoop:
         if self._at_max_steps() and not self.progress.batch:
             return "max_steps"
         patience = self.stage["patience"]
-        if patience is not None and self.progress.epochs_since_best >= patience:
+        if patience and self.progress.epochs_since_best >= patience:
             return "early_stopping"
         return None
 

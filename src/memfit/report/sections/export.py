@@ -1,5 +1,6 @@
 """The exported model: its files, its signature, how close it is to torch, and how to use it."""
 
+from pathlib import Path
 from typing import Any
 
 from memfit.files import sha256_file
@@ -16,143 +17,151 @@ from memfit.report.blocks import (
     Section,
     Table,
     absent,
+    measured,
     pending,
     text_cell,
 )
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text
+from memfit.report.units import bytes_text, significant
 
-_USAGE = """\
+_WITH_INFER = """\
+import numpy as np
+from infer import Model  # infer.py, in this directory: numpy and onnxruntime are all it needs
+outputs = Model().predict(**np.load("sample_inputs.npz"))"""
+_WITHOUT = """\
 import numpy as np, onnxruntime as ort
 session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 outputs = session.run(None, dict(np.load("sample_inputs.npz")))"""
+_ELSEWHERE = {"schema", "signature", "parity", "tolerances", "files", "plan", "metrics", "baselines", "versions"}
 
 
 def export(run: Run) -> Section:
     """Show the bundle that a service would take."""
     title = "Exported model"
-    files = sorted(path for path in run.export_dir.glob("*") if path.is_file())
-    if not files:
+    paths = sorted(path for path in run.export_dir.glob("*") if path.is_file())
+    if not paths:
         return pending("export", title, "no model has been exported")
-    blocks: list[Block] = [_integrity(run)]
+    blocks: list[Block] = []
     if run.card:
-        blocks += [_facts(run), *_signature(run.card), *_parity(run.card)]
+        blocks += [_facts(run.card), *_signature(run.card), *_parity(run.card)]
     else:
         blocks.append(Note("Not yet: the model card has not been written.", "pending"))
-    sizes = [Row((Cell(path.name), Cell(bytes_text(path.stat().st_size)))) for path in files]
-    blocks += [Heading("Files", "in export/"), Table((Column("File"), Column("Size", number=True)), tuple(sizes))]
-    blocks += [Heading("Use it", "in the export directory"), Code(_USAGE)]
+    blocks += [Heading("Files", "in export/"), *_files(paths, run.card)]
+    usage = _WITH_INFER if (run.export_dir / "infer.py").is_file() else _WITHOUT
+    blocks += [Heading("Use it", "from the export directory"), Code(usage)]
+    blocks += _further(run.card)
     return Section("export", title, tuple(blocks))
 
 
-def _integrity(run: Run) -> Note:
-    """Compare the ONNX file with the hash on its card."""
-    path = run.export_dir / "model.onnx"
-    if not path.is_file():
-        return Note("Not yet: model.onnx has not been written.", "pending")
-    hashed, recorded = sha256_file(path), _sha256(run.card)
-    if recorded is None:
-        return Note(f"model.onnx has sha256 {hashed}; the card names none to compare with.", "warn")
-    if hashed != recorded:
-        return Note(f"model.onnx has sha256 {hashed}, but its card says {recorded}. Export it again.", "bad")
-    return Note("model.onnx is the file that its card describes: the sha256 agrees.", "good")
-
-
-def _sha256(card: dict[str, Any]) -> str | None:
-    """Find the ONNX file's hash: on the card itself, or in its table of files."""
-    recorded = card.get("sha256") or mapping(card, "files").get("model.onnx")
-    if isinstance(recorded, dict):
-        recorded = recorded.get("model.onnx") or recorded.get("sha256")
-    return recorded if isinstance(recorded, str) else None
-
-
-def _facts(run: Run) -> Facts:
-    card = run.card
-    plain = {
-        key.replace("_", " ").capitalize(): _short(value)
-        for key, value in card.items()
-        if isinstance(value, str | int | float) and key not in ("schema", "sha256")
-    }
-    return Facts((*plain.items(), ("sha256", _short(_sha256(card)))))
-
-
-def _short(value: Any) -> Cell:
-    if isinstance(value, float):
-        return Cell(_figure(value))
-    text = str(value)
-    return Cell(text, tone="code") if len(text) >= 16 and text.isalnum() else text_cell(value)
+def _facts(card: dict[str, Any]) -> Facts:
+    """List the card's plain entries, and the versions that it was made and tested with."""
+    plain = {key: value for key, value in card.items() if isinstance(value, str | int | float)}
+    pairs = [(key.replace("_", " "), _value(value)) for key, value in plain.items() if key not in _ELSEWHERE]
+    return Facts((*pairs, *((name, _value(value)) for name, value in mapping(card, "versions").items())))
 
 
 def _signature(card: dict[str, Any]) -> list[Block]:
-    """List inputs and outputs, whichever columns the card has for them."""
-    holder = mapping(card, "signature") or card
     blocks: list[Block] = []
     for key in ("inputs", "outputs"):
-        tensors = _tensors(holder.get(key))
+        tensors = objects(mapping(card, "signature").get(key))
         if tensors:
-            blocks += [Heading(key.capitalize()), _tensor_table(tensors)]
+            blocks += [Heading(key.capitalize()), _tensors(tensors)]
     return blocks
 
 
-def _tensors(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, dict):
-        return [{"name": name, **(about if isinstance(about, dict) else {})} for name, about in value.items()]
-    return objects(value)
-
-
-def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
-    keys = list(dict.fromkeys(key for tensor in tensors for key in tensor))
-    rows = [Row(tuple(_tensor_cell(key, tensor.get(key)) for key in keys)) for tensor in tensors]
-    return Table(tuple(Column(key.replace("_", " ").capitalize()) for key in keys), tuple(rows))
-
-
-def _tensor_cell(key: str, value: Any) -> Cell:
-    if isinstance(value, list):
-        joined = " × " if key == "shape" else ", "
-        shown = [str(item) for item in value[:12]]
-        return Cell(joined.join(shown) + ("…" if len(value) > 12 else ""))
-    return text_cell(value, "none") if not isinstance(value, dict) else Cell(", ".join(f"{k} {v}" for k, v in value.items()))
+def _tensors(tensors: list[dict[str, Any]]) -> Table:
+    rows = []
+    for tensor in tensors:
+        shape = tensor.get("shape")
+        sizes = " × ".join(map(str, shape)) if isinstance(shape, list) else str(shape)
+        rest = [text_cell(tensor.get(key), "none given") for key in ("dtype", "unit", "description")]
+        rows.append(Row((Cell(str(tensor.get("name")), tone="code"), Cell(sizes), *rest)))
+    return Table(tuple(map(Column, ("Name", "Shape", "dtype", "Unit", "Meaning"))), tuple(rows))
 
 
 def _parity(card: dict[str, Any]) -> list[Block]:
-    """Show how far the ONNX outputs lie from torch's, and every other group of the card, folded."""
-    blocks: list[Block] = []
-    for key in ("parity", "tolerances"):
-        if isinstance(card.get(key), dict | list):
-            blocks += [Heading("Parity with torch" if key == "parity" else "Tolerances"), _nested(card[key])]
-    shown = {"parity", "tolerances", "signature", "inputs", "outputs", "plan", "metrics", "baselines", "files"}
-    for key, value in card.items():
-        if key not in shown and isinstance(value, dict | list) and value:
-            blocks.append(Details(key.replace("_", " ").capitalize(), (_nested(value),)))
-    return blocks
+    """Show how far the ONNX outputs lie from torch's at each tried shape, beside what is allowed."""
+    parity = mapping(card, "parity")
+    rows = [
+        Row(_parity_cells(batch, name, mapping(batch, "outputs", name), mapping(card, "tolerances", name)))
+        for batch in objects(parity.get("batches"))
+        for name in mapping(batch, "outputs")
+    ]
+    if not rows:
+        return []
+    columns = (
+        Column("Output"),
+        Column("Tried at"),
+        Column("Largest difference", number=True),
+        Column("relative", number=True),
+        Column("Allowed", title="absolute tolerance + relative tolerance × |torch|"),
+        Column("Share of what is allowed"),
+    )
+    beside = f"ONNX on {parity.get('provider')}, {parity.get('num_rows')} real rows"
+    return [Heading("Parity with torch", beside), Table(columns, tuple(rows))]
 
 
-def _nested(document: Any) -> Table | Facts:
-    """Lay out JSON of unknown shape: rows of the same keys as a table, the rest as names and values."""
-    if isinstance(document, dict) and document and all(isinstance(value, dict) for value in document.values()):
-        document = [{"name": key, **value} for key, value in document.items()]
-    if isinstance(document, list) and objects(document) == document and document:
-        keys = list(dict.fromkeys(key for item in document for key in item))
-        rows = [Row(tuple(_value(item.get(key)) for key in keys)) for item in document]
-        return Table(tuple(Column(key.replace("_", " ")) for key in keys), tuple(rows))
+def _parity_cells(
+    batch: dict[str, Any], name: str, figures: dict[str, Any], tolerance: dict[str, Any]
+) -> tuple[Cell, ...]:
+    sizes = ", ".join(f"{dimension} {size}" for dimension, size in mapping(batch, "sizes").items())
+    allowed = f"{_small(tolerance.get('atol'))} + {_small(tolerance.get('rtol'))} · |torch|"
+    used = measured(figures.get("tolerance_used"), lambda share: f"{significant(share * 100, 2)} %")
+    within = figures.get("within")
+    return (
+        Cell(name, tone="code"),
+        Cell(sizes),
+        Cell(_small(figures.get("max_absolute"))),
+        Cell(_small(figures.get("max_relative"))),
+        Cell(allowed),
+        Cell(used.text, used.title, "" if within else "bad", figures.get("tolerance_used") if within else 1.0),
+    )
+
+
+def _small(value: Any) -> str:
+    """Write an error or a tolerance: 1.2e-07 and 0.05 both read well so."""
+    return measured(value, lambda number: f"{number:.2g}").text
+
+
+def _files(paths: list[Path], card: dict[str, Any]) -> list[Block]:
+    """List the files with their hashes, checked against the card."""
+    rows, wrong = [], []
+    for path in paths:
+        recorded, hashed = mapping(card, "files", path.name).get("sha256"), sha256_file(path)
+        if recorded not in (None, hashed):
+            wrong.append(path.name)
+        agrees = Cell("agrees", "the card's hash is that of the file", "good")
+        verdict = absent("the card holds no hash of it") if recorded is None else agrees
+        verdict = Cell("differs", f"the card says {recorded}", "bad") if path.name in wrong else verdict
+        cells = (Cell(path.name), Cell(bytes_text(path.stat().st_size)), verdict, Cell(hashed, tone="code"))
+        rows.append(Row(cells))
+    missing = sorted(set(mapping(card, "files")) - {path.name for path in paths})
+    columns = (Column("File"), Column("Size", number=True), Column("Card"), Column("sha256"))
+    notes = [Note(f"Changed since the card was written: {', '.join(wrong)}. Export again.", "bad")] if wrong else []
+    notes += [Note(f"On the card but not there: {', '.join(missing)}. Export again.", "bad")] if missing else []
+    return [*notes, Table(columns, tuple(rows))]
+
+
+def _further(card: dict[str, Any]) -> list[Block]:
+    """Fold away what else the card holds, whatever its shape."""
+    return [
+        Details(key.replace("_", " ").capitalize(), (Facts(tuple(_pairs(value))),))
+        for key, value in card.items()
+        if key not in _ELSEWHERE and isinstance(value, dict | list) and value
+    ]
+
+
+def _pairs(document: Any) -> list[tuple[str, Cell]]:
     pairs = document.items() if isinstance(document, dict) else enumerate(document)
-    return Facts(tuple((str(key).replace("_", " "), _value(value)) for key, value in pairs))
+    return [(str(key).replace("_", " "), _value(value)) for key, value in pairs]
 
 
 def _value(value: Any) -> Cell:
-    if value is None:
-        return absent("not recorded")
-    if isinstance(value, float):
-        return Cell(_figure(value))
     if isinstance(value, dict):
         return Cell(", ".join(f"{key}: {_value(item).text}" for key, item in value.items()))
     if isinstance(value, list):
         return Cell(", ".join(_value(item).text for item in value[:12]) + ("…" if len(value) > 12 else ""))
-    return _short(value)
-
-
-def _figure(value: float) -> str:
-    """Write an error or a tolerance: 1.2e-07 and 0.05 both read well so."""
-    return f"{value:.3g}"
-
-
+    if isinstance(value, float):
+        return Cell(f"{value:.4g}")
+    text = text_cell(value)
+    return Cell(text.text, text.title, "code") if len(text.text) >= 16 and text.text.isalnum() else text

@@ -131,7 +131,9 @@ def _levers(stage: dict[str, Any]) -> Table:
         used = [lever for lever in levers if str(lever.get("class")) == name]
         text = ", ".join(f"{lever.get('name')} = {lever.get('value')}" for lever in used)
         tone = "warn" if name == "lossy" and used else ""
-        rows.append(Row((Cell(_CLASSES.get(name, name)), Cell(text, tone=tone) if used else Cell("none", tone="muted"))))
+        rows.append(
+            Row((Cell(_CLASSES.get(name, name)), Cell(text, tone=tone) if used else Cell("none", tone="muted")))
+        )
     return Table((Column("Levers by class"), Column("used")), tuple(rows))
 
 

@@ -1,0 +1,69 @@
+"""The child that scores the trained model and the baselines on the frozen test rows."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memfit.files import atomic_path, write_json
+from memfit.memory import budget
+from memfit.memory.plan import Plan
+from memfit.process import Emit
+from memfit.training.checkpoint import load_checkpoint
+from memfit.training.evaluate import evaluate_split
+from memfit.workloads.base import Arrays, Workload
+from memfit.workloads.registry import load_workload
+
+SPLIT = "test"
+
+
+def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Write evaluation.json and predictions.npz into `job["run_dir"]`; return the evaluation.
+
+    job: workload, data_dir, model, loss, plan, weights (a checkpoint's folder), run_dir.
+    """
+    plan = Plan.from_dict(job["plan"])
+    workload = load_workload(job)
+    budget.enforce_budget(plan.budget_bytes, plan.device)
+    emit({"event": "phase", "phase": "evaluate"})
+    model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
+    model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)
+    model = model.to(plan.device).eval()
+    losses, predictions = evaluate_split(
+        workload, model, SPLIT, batch_size=plan.eval_batch_size, precision=plan.precision, device=plan.device
+    )
+    truth = workload.truth(SPLIT, np.arange(workload.num_samples(SPLIT)))
+    evaluation = {
+        "schema": 1,
+        "split": SPLIT,
+        "num_rows": workload.num_samples(SPLIT),
+        "rows_sha256": _hash_rows(truth),
+        **workload.describe(),
+        "losses": losses,
+        "metrics": workload.score(truth, predictions),
+        "baselines": _score_baselines(workload, truth),
+    }
+    _write_predictions(Path(job["run_dir"]) / "predictions.npz", truth, predictions)
+    write_json(Path(job["run_dir"]) / "evaluation.json", evaluation)
+    return evaluation
+
+
+def _score_baselines(workload: Workload, truth: Arrays) -> dict[str, dict[str, float | None]]:
+    return {name: workload.score(truth, predictions) for name, predictions in workload.baselines(SPLIT).items()}
+
+
+def _hash_rows(truth: Arrays) -> str:
+    """Hash the truth in order: two evaluations are comparable only where this is equal."""
+    digest = hashlib.sha256()
+    for name in sorted(truth):
+        digest.update(name.encode() + np.ascontiguousarray(truth[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _write_predictions(path: Path, truth: Arrays, predictions: Arrays) -> None:
+    arrays = {**truth, **predictions}
+    if "class_probabilities" in arrays:
+        arrays["class"] = arrays["class_probabilities"].argmax(axis=1)
+    with atomic_path(path) as temporary, temporary.open("wb") as opened:
+        np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
