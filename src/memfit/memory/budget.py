@@ -59,6 +59,11 @@ def resolve_budget(text: str, device: str) -> int:
     return parse_bytes(text)
 
 
+def resolve_in_child(payload: dict[str, str], _emit: object) -> int:
+    """Resolve a budget in a child process, so that the parent never touches the device."""
+    return resolve_budget(payload["budget"], payload["device"])
+
+
 def device_memory(device: str) -> Memory:
     """Measure a device. A CPU's memory is the smaller of the machine's and the container's limit."""
     if torch.device(device).type == "cuda":

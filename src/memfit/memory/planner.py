@@ -26,8 +26,9 @@ class PlanRequest:
     device: str
     precisions: Sequence[str]
     checkpointings: Sequence[str]
-    variants: Sequence[str]
-    """The wanted variant, then those that the user allows instead, in order."""
+    variant: str
+    wanted_variant: str
+    """What the config asks for; planning another one is a lossy lever."""
     fingerprint: str
     clip: float | None = None
     min_micro_batch_size: int = 1
@@ -44,16 +45,15 @@ def plan_stage(request: PlanRequest, on_probe: OnProbe = lambda _probe: None) ->
     Raises: DoesNotFitError with the smallest layout that was tried; ChildError when a probe fails for another reason.
     """
     tried: list[Probe] = []
-    for variant in request.variants:
-        found = _climb(request, variant, tried, on_probe)
-        for probe in confirm(found, lambda ladder, verifying: _run(request, ladder, verifying, on_probe)):
-            tried.append(probe)
-            if probe.outcome == "fits":
-                return _plan(request, probe, tried)
+    found = _climb(request, tried, on_probe)
+    for probe in confirm(found, lambda ladder, verifying: _run(request, ladder, verifying, on_probe)):
+        tried.append(probe)
+        if probe.outcome == "fits":
+            return _plan(request, probe, tried)
     raise DoesNotFitError(_does_not_fit(request, tried))
 
 
-def _climb(request: PlanRequest, variant: str, tried: list[Probe], on_probe: OnProbe) -> list[Probe]:
+def _climb(request: PlanRequest, tried: list[Probe], on_probe: OnProbe) -> list[Probe]:
     """Probe every allowed precision; recompute activations only where memory was what stopped the climb."""
     found: list[Probe] = []
     for precision in request.precisions:
@@ -62,7 +62,7 @@ def _climb(request: PlanRequest, variant: str, tried: list[Probe], on_probe: OnP
                 request.global_batch_size,
                 precision=precision,
                 checkpointing=checkpointing,
-                variant=variant,
+                variant=request.variant,
                 min_micro_batch_size=request.min_micro_batch_size,
             )
             probes = _run(request, ladder, False, on_probe)
@@ -151,7 +151,7 @@ def _levers(request: PlanRequest, chosen: Candidate) -> tuple[dict[str, Any], ..
         ("accumulation_steps", "exact", chosen.accumulation_steps, 1),
         ("checkpointing", "exact", chosen.checkpointing, "none"),
         ("precision", "numerics", chosen.precision, "fp32"),
-        ("variant", "lossy", chosen.variant, request.variants[0]),
+        ("variant", "lossy", chosen.variant, request.wanted_variant),
     ]
     return tuple(
         {"name": name, "class": kind, "value": value} for name, kind, value, default in used if value != default

@@ -1,7 +1,9 @@
 """The report's charts of a training: one axis through all stages, so that their curves read as one story."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -9,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from memfit.report.blocks import Figure, Key
 from memfit.report.history import StageHistory
 from memfit.report.plots import COLOURS, Plot, css_colour, new_plot
-from memfit.report.units import number_text
+from memfit.report.units import finite, number_text
 
 MAX_MARKERS = 40
 MAX_DRAWN = 500
@@ -18,12 +20,23 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `parts` holds one list of points per stage, None where a figure is missing."""
+    """One curve; `parts` holds one list of points per stage, NaN where a figure is missing."""
 
     label: str
     colour: str
-    parts: Sequence[Sequence[float | None]]
+    parts: Sequence[Sequence[float]]
     line: str = "solid"
+
+    @property
+    def known(self) -> list[float]:
+        """All points that are there."""
+        return [point for part in self.parts for point in part if not math.isnan(point)]
+
+
+def as_point(value: Any) -> float:
+    """Return a figure as a point of a line: NaN where there is none."""
+    number = finite(value)
+    return NAN if number is None else number
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ def epoch_figure(
 
     None where no curve has a point.
     """
-    lines = [line for line in lines if any(point is not None for part in line.parts for point in part)]
+    lines = [line for line in lines if line.known]
     if not lines:
         return None
     stretch = Stretch([stage.name for stage in stages], [len(stage.epochs) for stage in stages])
@@ -68,7 +81,7 @@ def epoch_figure(
         for line in lines:
             _draw_line(plot.axes, stretch, line)
         marked = ring and _ring_best(plot.axes, stretch, stages, lines[-1])
-        finish_axes(plot.axes, [point for line in lines for part in line.parts for point in part], write, from_zero)
+        finish_axes(plot.axes, [point for line in lines for point in line.known], write, from_zero)
         plot.axes.set_xlabel("epoch, all stages" if len(stages) > 1 else "epoch")
         plot.axes.set_ylabel(label)
         plot.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -86,7 +99,7 @@ def step_figure(
     if not any(stage.steps.get(series) and stage.steps[series].buckets for stage in stages):
         return None
     stretch = Stretch([stage.name for stage in stages], [stage.num_steps for stage in stages])
-    drawn: list[float | None] = []
+    drawn: list[float] = []
     banded = False
     with new_plot() as plot:
         for stage, start in zip(stages, stretch.starts, strict=True):
@@ -108,9 +121,8 @@ def step_figure(
     return Figure(title, svg, caption, legend if banded else ())
 
 
-def finish_axes(axes: Axes, values: Sequence[float | None], write: Callable[[float], str], from_zero: bool) -> None:
+def finish_axes(axes: Axes, known: Sequence[float], write: Callable[[float], str], from_zero: bool) -> None:
     """Choose the vertical scale: logarithmic where positive values span more than a factor of 50."""
-    known = [value for value in values if value is not None]
     if known and min(known) > 0 and max(known) / min(known) > 50 and not from_zero:
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -125,12 +137,12 @@ def _draw_line(axes: Axes, stretch: Stretch, line: Line) -> None:
     style = "--" if line.line == "dashed" else "-"
     for part, start in zip(line.parts, stretch.starts, strict=True):
         picked = _every(len(part))
-        ys = [NAN if part[index] is None else part[index] for index in picked]
+        ys = [part[index] for index in picked]
+        xs = [start + index + 1.0 for index in picked]
+        if style == "--" and xs:  # a level: from the stage's left border to its right one
+            xs, ys = [xs[0] - 0.5, *xs, xs[-1] + 0.5], [ys[0], *ys, ys[-1]]
         marker = _marker(stretch.total) if style == "-" else ""
-        xs = [start + index + 1 for index in picked]
-        if len(xs) == 1 and style == "--":
-            xs, ys = [xs[0] - 0.5, xs[0] + 0.5], ys * 2
-        axes.plot(xs, ys, style, color=COLOURS[line.colour], marker=marker)  # type: ignore[arg-type]
+        axes.plot(xs, ys, style, color=COLOURS[line.colour], marker=marker)
 
 
 def _every(length: int) -> list[int]:
@@ -147,12 +159,12 @@ def _ring_best(axes: Axes, stretch: Stretch, stages: Sequence[StageHistory], lin
     marked = False
     for stage, start, part in zip(stages, stretch.starts, line.parts, strict=True):
         best = stage.best_index
-        if best is None or best >= len(part) or part[best] is None:
+        if best is None or best >= len(part) or math.isnan(part[best]):
             continue
         marked = True
         axes.plot(
             [start + best + 1],
-            [part[best]],  # type: ignore[list-item]
+            [part[best]],
             "o",
             markersize=10,
             markerfacecolor="none",
@@ -188,5 +200,4 @@ def _separate(plot: Plot, stretch: Stretch, offset: float) -> None:
 
 
 def _summary(line: Line, write: Callable[[float], str]) -> str:
-    known = [point for part in line.parts for point in part if point is not None]
-    return f"{line.label}: first {write(known[0])}, last {write(known[-1])}."
+    return f"{line.label}: first {write(line.known[0])}, last {write(line.known[-1])}."

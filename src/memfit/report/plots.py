@@ -28,7 +28,7 @@ COLOURS = {
 NARROW, WIDE = 380.0, 1100.0
 HEIGHT = 240.0
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "figure.dpi": 72,
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,

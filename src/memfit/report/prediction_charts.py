@@ -41,9 +41,10 @@ def _draw_time_line(axes: Axes, recent: Arrays, threshold: float | None) -> None
     axes.plot(times, value, color=COLOURS["blue"], linewidth=1.6)
     if threshold is not None:
         axes.axhline(threshold, color=COLOURS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
-    locator = mdates.AutoDateLocator(minticks=3, maxticks=7)
+    locator = mdates.AutoDateLocator(minticks=3, maxticks=7)  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+    formatter = mdates.ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_formatter(formatter)
     axes.margins(x=0.01)
 
 

@@ -24,7 +24,13 @@ TINY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def tiny_arguments():
+    """Return what changes the light net into a miniature that a test trains in a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def make_tiny():
     """Build the light net in miniature, with overrides; seeded."""
 
@@ -35,7 +41,7 @@ def make_tiny():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rows():
     """Draw n rows of raw history and features for the tiny net; seeded."""
 

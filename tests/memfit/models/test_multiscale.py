@@ -73,9 +73,7 @@ def test_features_count(make_tiny, make_rows):
     ("windows", "tcn_window", "transformer_window"),
     [((24,), None, None), ((8,), 8, None), ((8, 16, 24), None, 16), ([8, 24], 24, 24)],
 )
-def test_a_subset_of_windows_and_branches_trains(
-    make_tiny, make_rows, windows, tcn_window, transformer_window
-):
+def test_a_subset_of_windows_and_branches_trains(make_tiny, make_rows, windows, tcn_window, transformer_window):
     net = make_tiny(windows=windows, tcn_window=tcn_window, transformer_window=transformer_window)
     loss = sum(output.square().sum() for output in net(*make_rows(3)).values())
     loss.backward()

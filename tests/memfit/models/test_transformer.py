@@ -13,9 +13,7 @@ def make_layer(dropout=0.0, attention_dropout=0.0):
 def test_a_layer_agrees_with_the_pre_norm_layer_of_torch():
     torch.manual_seed(0)
     layer = make_layer()
-    reference = nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
+    reference = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
     pairs = {
         "self_attn.in_proj_": layer.attention.project_in,
         "self_attn.out_proj.": layer.attention.project_out,

@@ -1,5 +1,7 @@
 """Predictions against truth: a time line, a scatter, the errors, and who is taken for what."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from memfit.report.blocks import Block, Cell, Column, Gallery, Heading, Note, Row, Section, Table, pending
@@ -62,5 +64,5 @@ def _class_names(run: Run, num_classes: int) -> list[str]:
     if len(edges) != num_classes - 1 or not edges:
         return [f"class {index}" for index in range(num_classes)]
     texts = [number_text(edge) for edge in edges]
-    between = [f"{low} – {high}" for low, high in zip(texts, texts[1:], strict=False)]
+    between = [f"{low} – {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *between, f"above {texts[-1]}"]

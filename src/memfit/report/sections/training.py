@@ -1,5 +1,6 @@
 """How the stages trained: losses, metrics, steps, and memory against the budget."""
 
+import math
 from typing import Any
 
 from memfit.report.blocks import (
@@ -17,7 +18,7 @@ from memfit.report.blocks import (
     pending,
     text_cell,
 )
-from memfit.report.charts import Line, epoch_figure, step_figure
+from memfit.report.charts import Line, as_point, epoch_figure, step_figure
 from memfit.report.history import StageHistory
 from memfit.report.measures import MEASURES, measure
 from memfit.report.run_files import Run, mapping
@@ -83,10 +84,10 @@ def memory(run: Run) -> Section:
     return Section("memory", title, (*([Gallery((figure,))] if figure else []), table))
 
 
-def _flat(stage: StageHistory, plans: dict[str, dict[str, Any]], key: str) -> list[float | None]:
+def _flat(stage: StageHistory, plans: dict[str, dict[str, Any]], key: str) -> list[float]:
     plan = plans.get(stage.name, {})
     value = _planned_peak(plan) if key == "peak" else finite(plan.get(key))
-    return [value] * len(stage.epochs)
+    return [as_point(value)] * len(stage.epochs)
 
 
 def _planned_peak(plan: dict[str, Any]) -> float | None:
@@ -95,13 +96,13 @@ def _planned_peak(plan: dict[str, Any]) -> float | None:
     return finite(plan.get("predicted_peak_bytes")) if measured_peak is None else measured_peak
 
 
-def _memory(stage: StageHistory, key: str) -> list[float | None]:
-    return [finite(mapping(epoch, "memory").get(key)) for epoch in stage.epochs]
+def _memory(stage: StageHistory, key: str) -> list[float]:
+    return [as_point(mapping(epoch, "memory").get(key)) for epoch in stage.epochs]
 
 
 def _memory_row(stage: StageHistory, plan: dict[str, Any]) -> Row:
     budget, planned = finite(plan.get("budget_bytes")), _planned_peak(plan)
-    known = [peak for peak in _memory(stage, "peak_bytes") if peak is not None]
+    known = [peak for peak in _memory(stage, "peak_bytes") if not math.isnan(peak)]
     peak = max(known) if known else None
     over = peak is not None and budget is not None and peak > budget
     against = Cell("–", "no peak or no budget") if peak is None or not budget else Cell(share_text(peak / budget))
@@ -183,7 +184,7 @@ def _metrics(run: Run) -> list[Figure]:
     trained = {name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "train")}
     seen = dict.fromkeys(name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "validation"))
     names = [name for name in seen if name not in trained and name != "total"]
-    pair = [name for name in ("above_accuracy", "below_accuracy") if name in names]
+    pair: list[str] = [name for name in ("above_accuracy", "below_accuracy") if name in names]
     groups = [[name] for name in names if name not in pair]
     groups.insert(1 if groups and groups[0] == ["mae"] else 0, pair)
     figures = [_metric(f"metric-{index}", group, run) for index, group in enumerate(groups) if group]
@@ -208,8 +209,8 @@ def _percent(share: float) -> str:
     return f"{share * 100:.3g} %"
 
 
-def _values(stage: StageHistory, part: str, name: str) -> list[float | None]:
-    return [finite(mapping(epoch, part).get(name)) for epoch in stage.epochs]
+def _values(stage: StageHistory, part: str, name: str) -> list[float]:
+    return [as_point(mapping(epoch, part).get(name)) for epoch in stage.epochs]
 
 
 def _steps(stages: list[StageHistory]) -> list[Figure]:

@@ -1,0 +1,180 @@
+"""The command line: `memfit run | plan | train | evaluate | export | report`, without Prefect."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import memfit
+from memfit.errors import MemfitError
+
+app = typer.Typer(
+    help="Training for PyTorch that fits the memory you have: from data to a checked ONNX model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Target = Annotated[Path, typer.Argument(metavar="CONFIG_OR_RUN_DIR", help="A TOML config, or the directory of a run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set stages.0.lr=3e-4")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Memory budget: 14GiB, 80%, or auto (what is free now). Short for --set plan.budget=."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:n. Short for --set plan.device=.")]
+RunDir = Annotated[Path | None, typer.Option(help="Directory of this run; default: runs/<name>/<new id>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run of the same config.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Reuse nothing: prepare, plan and train again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress goes to stderr.")]
+Runs = Annotated[Path, typer.Option(envvar="MEMFIT_RUNS", help="Where runs are kept.")]
+Store = Annotated[Path, typer.Option(envvar="MEMFIT_STORE", help="Where prepared data and plans are kept.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memfit {memfit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Give it data, a model and a memory budget; it works out how the training fits, trains, and exports ONNX."""
+
+
+def run_until(
+    last: str,
+    target: Path,
+    *,
+    overrides: list[str],
+    run_dir: Path | None,
+    resume: bool,
+    fresh: bool,
+    as_json: bool,
+    runs: Path,
+    store: Path,
+) -> dict[str, Any]:
+    """Run the pipeline up to a step and print what came of it; return the summary."""
+    from memfit.console import RunView, show_summary, stderr_console  # torch and rich take seconds: not for --help
+    from memfit.pipeline import open_run, read_config
+
+    console = stderr_console()
+    config, own_dir = read_config(target, overrides)
+    pipeline = open_run(
+        config,
+        runs=runs,
+        store=store,
+        run_dir=run_dir or own_dir,
+        resume=resume,
+        fresh=fresh,
+        on_event=RunView(console),
+    )
+    console.print(f"run {pipeline.run.run_id} of {config.name!r} in {pipeline.run.path}", soft_wrap=True)
+    with pipeline.run.locked():
+        for step in pipeline.steps_until(last):
+            pipeline.perform(step)
+    summary = pipeline.summary()
+    show_summary(console, summary)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    return summary
+
+
+def _command(name: str, last: str, doc: str) -> Callable[..., None]:
+    def command(
+        target: Target,
+        overrides: Overrides = None,
+        budget: Budget = None,
+        device: Device = None,
+        run_dir: RunDir = None,
+        resume: Resume = False,
+        fresh: Fresh = False,
+        as_json: Json = False,
+        runs: Runs = Path("runs"),
+        store: Store = Path("store"),
+    ) -> None:
+        run_until(
+            last,
+            target,
+            overrides=with_shortcuts(overrides or [], budget, device),
+            run_dir=run_dir,
+            resume=resume,
+            fresh=fresh,
+            as_json=as_json,
+            runs=runs,
+            store=store,
+        )
+
+    return app.command(name, help=doc)(command)
+
+
+def with_shortcuts(overrides: list[str], budget: str | None, device: str | None) -> list[str]:
+    """Add --budget and --device as overrides."""
+    shortcuts = {"plan.budget": budget, "plan.device": device}
+    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None)]
+
+
+_command("run", "report", "Run every step: prepare, plan, train, evaluate, export, report.")
+_command("plan", "plan", "Prepare the data and find out how every stage fits into the budget.")
+_command("train", "train", "Run up to the end of training.")
+_command("evaluate", "evaluate", "Run up to the scores on the test rows, beside baselines.")
+_command("export", "export", "Run up to the checked ONNX bundle.")
+
+
+@app.command("report", help="Write report.html of a run, finished or not; with a config, run every step first.")
+def report(
+    target: Target,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Write the report."""
+    if target.is_dir() and not overrides:
+        from memfit.report.page import write_report
+
+        path = write_report(target)
+        typer.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+        return
+    run_until(
+        "report",
+        target,
+        overrides=overrides or [],
+        run_dir=None,
+        resume=False,
+        fresh=False,
+        as_json=as_json,
+        runs=runs,
+        store=store,
+    )
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; errors go to stderr as one message, with an exit status of their own."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except MemfitError as error:
+        typer.echo(f"memfit: {type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        typer.echo("memfit: stopped; go on with --resume", err=True)
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What a person sees of a run: progress on stderr, a summary at the end."""
+
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+MIB = 2**20
+_QUIET_SECONDS = 10.0
+
+
+def stderr_console() -> Console:
+    """Return a console on stderr; without a terminal it is wide enough for the tables."""
+    width = None if sys.stderr.isatty() else int(os.environ.get("COLUMNS", "120"))
+    return Console(stderr=True, width=width, highlight=False)
+
+
+class RunView:
+    """Shows a pipeline's events: lines for steps and epochs, a bar for steps where there is a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._epochs = self._steps_per_epoch = 0
+        self._last_line = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event; unknown kinds are not shown."""
+        show = getattr(self, f"_{event['event']}", None)
+        if show is not None:
+            show(event)
+
+    def _step_start(self, event: dict[str, Any]) -> None:
+        self.console.print(f"[bold]\\[{event['index']}/{event['count']}] {event['step']}[/bold]")
+
+    def _step_end(self, event: dict[str, Any]) -> None:
+        self._close_bar()
+        if event["status"] == "reused":
+            self.console.print(f"      reused from {event['from_run']}: inputs, config and code are the same")
+        else:
+            self.console.print(f"      done in {event['seconds']:.1f} s")
+
+    def _progress(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event["share"] >= 1.0 or now - self._last_line > _QUIET_SECONDS:
+            self._last_line = now
+            self.console.print(f"      {event['message']}")
+
+    def _probe(self, event: dict[str, Any]) -> None:
+        probe = event["probe"]
+        peak = f"{probe['peak_bytes'] / MIB:,.0f} MiB" if probe["peak_bytes"] else "-"
+        rate = f"{probe['samples_per_second']:,.0f} samples/s" if probe["samples_per_second"] else "-"
+        kind = "confirm" if probe["verifying"] else "probe"
+        self.console.print(
+            f"      {event['stage']}: {kind} micro {probe['micro_batch_size']} x {probe['accumulation_steps']}, "
+            f"{probe['precision']}, checkpointing {probe['checkpointing']}: {probe['outcome']}, {peak}, {rate}"
+        )
+
+    def _stage_start(self, event: dict[str, Any]) -> None:
+        plan = event["plan"]
+        self.console.print(
+            f"      {event['parameters']:,} parameters, {event['num_train']:,} samples, up to "
+            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps; {plan['micro_batch_size']} x {plan['accumulation_steps']} samples, "
+            f"{plan['precision']}"
+        )
+        self._epochs, self._steps_per_epoch = event["epochs"], event["steps_per_epoch"]
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("      {task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=self._epochs * self._steps_per_epoch)
+
+    def _resume(self, event: dict[str, Any]) -> None:
+        self.console.print(f"      resumed after step {event['step']} (epoch {event['epoch']})")
+
+    def _step(self, event: dict[str, Any]) -> None:
+        if self._bar is not None and self._task is not None:
+            loss = event["losses"]["total"]
+            self._bar.update(self._task, completed=event["step"], description=f"loss {loss:.4f}")
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        validation = event["validation"]
+        mae = f", mae {validation['mae']:.3f}" if validation.get("mae") is not None else ""
+        eta = f", about {event['eta_seconds']:.0f} s left" if event["eta_seconds"] else ""
+        self.console.print(
+            f"      epoch {event['epoch']}/{self._epochs or '?'}: train {event['train']['total']:.4f}, "
+            f"validation {validation['total']:.4f}{mae}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
+            f"{event['samples_per_second']:,.0f} samples/s{eta}{' (best)' if event['best'] else ''}"
+        )
+
+    def _stage_end(self, event: dict[str, Any]) -> None:
+        self._close_bar()
+        self.console.print(
+            f"      ended by {event['reason'].replace('_', ' ')} after {event['epochs']} epochs; best: epoch "
+            f"{event['best_epoch']}"
+        )
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:
+    """Print a table of the plans."""
+    table = Table(title="Plan", title_justify="left")
+    for name in ("stage", "global batch", "micro x steps", "precision", "checkpointing", "variant", "peak", "budget"):
+        table.add_column(name)
+    table.add_column("samples/s", justify="right")
+    for plan in plans:
+        table.add_row(
+            plan["stage"],
+            str(plan["global_batch_size"]),
+            f"{plan['micro_batch_size']} x {plan['accumulation_steps']}",
+            plan["precision"],
+            plan["checkpointing"],
+            str(plan["variant"]),
+            f"{(plan['measured_peak_bytes'] or 0) / MIB:,.0f} MiB",
+            f"{plan['budget_bytes'] / MIB:,.0f} MiB",
+            f"{plan['samples_per_second'] or 0:,.0f}",
+        )
+    console.print(table)
+
+
+def show_metrics(console: Console, summary: dict[str, Any]) -> None:
+    """Print the scores beside the baselines."""
+    rows = {"model": summary["metrics"], **summary["baselines"]}
+    table = Table(title="Scores on the untouched test rows", title_justify="left")
+    table.add_column("")
+    for metric in summary["metrics"]:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for name, scores in rows.items():
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in scores.values()))
+    console.print(table)
+
+
+def show_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print where everything is, and how the model is used."""
+    if summary["plans"]:
+        show_plans(console, summary["plans"])
+    if summary["metrics"]:
+        show_metrics(console, summary)
+    origins = {step["from_run"] for step in summary["steps"] if step["name"] != "report"}
+    if summary["steps"] and all(step["status"] == "reused" for step in summary["steps"] if step["name"] != "report"):
+        runs = ", ".join(sorted(str(origin) for origin in origins if origin != "the store"))
+        console.print(f"Every stage was reused, from run {runs}. Train again with --fresh.")
+    console.print(f"run directory  {summary['run_dir']}", soft_wrap=True)
+    for name in ("report", "model"):
+        if name in summary["files"]:
+            console.print(f"{name:<14} {summary['files'][name]}", soft_wrap=True)
+    if "model" in summary["files"]:
+        folder = summary["files"]["model"].rsplit("/", 1)[0]
+        console.print("use it         (needs numpy and onnxruntime only)")
+        for line in (
+            f"import sys; sys.path.insert(0, {folder!r})",
+            "from infer import Model",
+            USE.format(folder=folder),
+        ):
+            console.print(f"    {line}", soft_wrap=True, markup=False)
+
+
+USE = "print(Model({folder!r}).check())"

@@ -1,0 +1,403 @@
+"""The steps of a run, in order: prepare, plan, train each stage, evaluate, export, report.
+
+The command line and the Prefect flow both call `open_run` and `Pipeline.perform`; what is reused, resumed or run is
+decided here alone, by fingerprints.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import memfit
+from memfit.config import RunConfig, Stage, load_config, to_toml
+from memfit.data.prepare import prepare_series, prepared_fingerprint
+from memfit.data.spec import SeriesSpec
+from memfit.errors import DoesNotFitError, RunStateError
+from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
+from memfit.memory.budget import check_device, resolve_budget
+from memfit.memory.plan import Plan, Probe
+from memfit.memory.planner import PlanRequest, plan_stage
+from memfit.process import Emit, run_child
+from memfit.report.page import write_report
+from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
+
+PACKAGE = Path(memfit.__file__).parent
+CODE = {
+    "data": ("data",),
+    "plan": ("step.py", "process.py", "memory", "models", "workloads", "training"),
+    "train": ("step.py", "memory/budget.py", "models", "metrics", "workloads", "training"),
+    "evaluate": ("step.py", "models", "metrics", "workloads", "evaluation", "training/evaluate.py"),
+    "export": ("models", "workloads", "export", "data/features.py"),
+}
+"""Which source files a step's result depends on; a change in one of them runs the step again."""
+LIBRARIES = ("torch", "numpy", "pandas", "onnx", "onnxruntime")
+
+
+def code_version(part: str) -> str:
+    """Hash the source files that a step's result depends on, and the versions of the libraries."""
+    files = [file for entry in CODE[part] for file in _sources(PACKAGE / entry)]
+    hashes = {str(file.relative_to(PACKAGE)): sha256_file(file) for file in files}
+    return fingerprint({"files": hashes, "versions": {name: version(name) for name in LIBRARIES}})
+
+
+def _sources(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+class Pipeline:
+    """One run: its config, its directory, and its steps."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, store: Path, *, fresh: bool, on_event: Emit) -> None:
+        self.config, self.run, self.store, self.fresh, self.on_event = config, run, store, fresh, on_event
+        self._performed: dict[str, Callable[[], None]] = {
+            "prepare": self._prepare,
+            "plan": self._plan,
+            **{f"train:{stage.name}": self._trainer(index) for index, stage in enumerate(config.stages)},
+            "evaluate": self._evaluate,
+            "export": self._export,
+            "report": self._report,
+        }
+
+    @property
+    def steps(self) -> list[str]:
+        """Name the steps in order."""
+        return list(self._performed)
+
+    def steps_until(self, last: str) -> list[str]:
+        """Name the steps up to one of prepare, plan, train, evaluate, export or report."""
+        index = max(i for i, step in enumerate(self.steps) if step.split(":")[0] == last)
+        return self.steps[: index + 1]
+
+    def perform(self, step: str) -> None:
+        """Reuse, resume or run one step; the steps before it must be done."""
+        count = len(self.steps)
+        self.on_event({"event": "step_start", "step": step, "index": self.steps.index(step) + 1, "count": count})
+        self._performed[step]()
+        entry = self.run.step(step)
+        assert entry is not None
+        self.on_event({"event": "step_end", **{k: entry[k] for k in ("name", "status", "from_run", "seconds")}})
+        if step == self.steps[-1]:
+            self.run.record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            self.run.save()
+
+    def _do(self, step: str, key: Any, outputs: list[str], work: Callable[[], None]) -> None:
+        """Take a step's outputs from this run or an earlier one if nothing changed; do the work otherwise."""
+        digest = fingerprint({"step": step, "key": key})
+        if self.run.done(step, digest) and all((self.run.path / output).exists() for output in outputs):
+            return
+        begun = self.run.step(step) is not None  # an interrupted step of this very run goes on
+        found = None if self.fresh or begun else self.run.find_earlier(step, digest, outputs)
+        started = time.perf_counter()
+        if found is not None:
+            self.run.take(found, outputs)
+            self.run.note(step, digest, "reused", from_run=found.run_id)
+            return
+        self.run.note(step, digest, "running")
+        work()
+        self.run.note(step, digest, "ran", seconds=time.perf_counter() - started)
+
+    # prepare
+
+    @cached_property
+    def _series(self) -> SeriesSpec:
+        plain = self.config.data.model_dump(mode="json", exclude_none=True)
+        source = self.config.data.source
+        kept = ("kind", "paths") if source.kind == "files" else ("kind", "name", "airport")
+        plain["source"] = {key: plain["source"][key] for key in kept}
+        return SeriesSpec.from_dict({**plain, "context": self.config.context})
+
+    @cached_property
+    def data_key(self) -> str:
+        """Fingerprint the data: sources, settings and code."""
+        return str(prepared_fingerprint(self._series, code_version("data")))
+
+    def _prepare(self) -> None:
+        existed = (self.store / self.data_key / "manifest.json").exists()
+        started = time.perf_counter()
+        self.run.note("prepare", self.data_key, "running")
+        path = prepare_series(
+            self._series, self.store, code_version=code_version("data"), fresh=self.fresh, on_progress=self._progress
+        )
+        self.run.record["data_dir"] = str(path.resolve())
+        reused = existed and not self.fresh
+        self.run.note(
+            "prepare",
+            self.data_key,
+            "reused" if reused else "ran",
+            from_run="the store" if reused else None,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _progress(self, message: str, share: float) -> None:
+        self.on_event({"event": "progress", "message": message, "share": share})
+
+    # plan
+
+    @cached_property
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        known = self.config.model.all_variants()
+        return {name: known[name] for name in dict.fromkeys([next(iter(known)), *self.config.plan.variants])}
+
+    def _job(self, stage: Stage) -> dict[str, Any]:
+        return {
+            "workload": self.config.workload,
+            "data_dir": self.run.record["data_dir"],
+            "model": {"variant": next(iter(self._variants)), "variants": self._variants},
+            "loss": stage.loss.model_dump(mode="json"),
+            "stage": stage.arguments(),
+        }
+
+    def _log(self, name: str) -> Path:
+        return self.run.path / "logs" / f"{name.replace(':', '-')}.log"
+
+    @cached_property
+    def _budget_bytes(self) -> int:
+        settings = self.config.plan
+        if settings.device == "cpu":
+            return resolve_budget(settings.budget, "cpu")
+        payload = {"budget": settings.budget, "device": settings.device}
+        outcome = run_child("memfit.memory.budget:resolve_in_child", payload, log=self._log("device"))
+        return int(outcome.unwrap("measuring the device"))
+
+    def _plan_key(self, stage: Stage, variant: str) -> str:
+        job = {key: value for key, value in self._job(stage).items() if key != "data_dir"}
+        settings = self.config.plan.model_dump(mode="json")
+        machine = environment()
+        return fingerprint(
+            {"job": job, "variant": variant, "data": self.data_key, "plan": settings, "machine": machine}
+            | {"code": code_version("plan")}
+        )
+
+    def _plan(self) -> None:
+        check_device(self.config.plan.device)
+        keys = [self._plan_key(stage, variant) for stage in self.config.stages for variant in self._variants]
+        digest = fingerprint(keys)
+        if self.run.done("plan", digest) and (self.run.path / "plan.json").exists():
+            return
+        started = time.perf_counter()
+        self.run.note("plan", digest, "running")
+        plans, reused = self._first_variant_that_fits()
+        write_json(self.run.path / "plan.json", {"schema": 1, "stages": [plan.to_dict() for plan in plans]})
+        status = "reused" if all(reused) else "ran"
+        origin = "the store" if all(reused) else None
+        self.run.note("plan", digest, status, from_run=origin, seconds=time.perf_counter() - started)
+
+    def _first_variant_that_fits(self) -> tuple[list[Plan], list[bool]]:
+        """Plan all stages with one variant: the wanted one, else the first allowed one that fits everywhere."""
+        failure: DoesNotFitError | None = None
+        for variant in self._variants:
+            try:
+                pairs = [self._stage_plan(stage, variant) for stage in self.config.stages]
+                return [plan for plan, _ in pairs], [reused for _, reused in pairs]
+            except DoesNotFitError as error:
+                failure = error
+        assert failure is not None
+        raise failure
+
+    def _stage_plan(self, stage: Stage, variant: str) -> tuple[Plan, bool]:
+        key = self._plan_key(stage, variant)
+        stored = self.store / "plans" / f"{key}.json"
+        if stored.exists() and not self.fresh:
+            try:
+                plan = Plan.from_dict(read_json(stored))
+                if (plan.measured_peak_bytes or 0) <= self._budget_bytes:
+                    return plan, True
+            except (ValueError, TypeError, KeyError, RunStateError):
+                stored.unlink()  # torn or of another version: plan again
+        settings = self.config.plan
+        request = PlanRequest(
+            stage=stage.name,
+            program={"factory": "memfit.training.program:from_job", "arguments": self._job(stage)},
+            global_batch_size=stage.global_batch_size,
+            budget_bytes=self._budget_bytes,
+            device=settings.device,
+            precisions=settings.precisions,
+            checkpointings=settings.checkpointing,
+            variant=variant,
+            wanted_variant=next(iter(self._variants)),
+            fingerprint=key,
+            clip=stage.clip or None,
+            deadline_seconds=settings.deadline_seconds,
+            log=self._log("plan"),
+        )
+        plan = plan_stage(request, lambda probe: self._on_probe(stage.name, probe))
+        write_json(stored, plan.to_dict())
+        return plan, False
+
+    def _on_probe(self, stage: str, probe: Probe) -> None:
+        self.on_event({"event": "probe", "stage": stage, "probe": vars(probe)})
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Read the run's plans, one per stage."""
+        return [Plan.from_dict(plan) for plan in read_json(self.run.path / "plan.json")["stages"]]
+
+    # train
+
+    def stage_dir(self, index: int) -> str:
+        """Name a stage's folder inside the run directory."""
+        return f"stages/{index + 1}-{self.config.stages[index].name}"
+
+    def _train_key(self, index: int) -> str:
+        plan, stage = self.plans[index], self.config.stages[index]
+        layout = (
+            "micro_batch_size",
+            "accumulation_steps",
+            "precision",
+            "checkpointing",
+            "variant",
+            "device",
+            "eval_batch_size",
+        )
+        return fingerprint(
+            {
+                "data": self.data_key,
+                "job": {key: value for key, value in self._job(stage).items() if key != "data_dir"},
+                "layout": {key: getattr(plan, key) for key in layout},
+                "seed": self.config.seed,
+                "before": self._train_key(index - 1) if index else None,
+                "code": code_version("train"),
+            }
+        )
+
+    def _trainer(self, index: int) -> Callable[[], None]:
+        def train() -> None:
+            key, folder = self._train_key(index), self.stage_dir(index)
+            self._do(f"train:{self.config.stages[index].name}", key, [folder], lambda: self._train(index, key))
+
+        return train
+
+    def _train(self, index: int, key: str) -> None:
+        stage = self.config.stages[index]
+        before = self.run.path / self.stage_dir(index - 1) / "checkpoints" / "best"
+        job = {
+            **self._job(stage),
+            "stage_index": index,
+            "seed": self.config.seed,
+            "plan": self.plans[index].to_dict(),
+            "stage_dir": str(self.run.path / self.stage_dir(index)),
+            "fingerprint": key,
+            "initial_weights": str(before) if index else None,
+        }
+        self._child(f"train:{stage.name}", "memfit.training.worker:run", job)
+
+    def _child(self, step: str, target: str, job: dict[str, Any]) -> Any:
+        outcome = run_child(target, job, log=self._log(step), on_event=self.on_event)
+        return outcome.unwrap(f"step {step!r}")
+
+    # evaluate, export, report
+
+    def _finished_job(self) -> dict[str, Any]:
+        last = len(self.config.stages) - 1
+        return {
+            **self._job(self.config.stages[last]),
+            "plan": self.plans[last].to_dict(),
+            "weights": str(self.run.path / self.stage_dir(last) / "checkpoints" / "best"),
+            "run_dir": str(self.run.path),
+        }
+
+    def _evaluate(self) -> None:
+        key = {"train": self._train_key(len(self.config.stages) - 1), "code": code_version("evaluate")}
+        outputs = ["evaluation.json", "predictions.npz"]
+        target = "memfit.evaluation.evaluate:run"
+        self._do("evaluate", key, outputs, lambda: self._child("evaluate", target, self._finished_job()))
+
+    def _export(self) -> None:
+        settings = self.config.export.model_dump(mode="json")
+        trained = self._train_key(len(self.config.stages) - 1)
+        key = {"train": trained, "export": settings, "code": code_version("export")}
+        evaluation = read_json(self.run.path / "evaluation.json")
+        card = {
+            "name": self.config.name,
+            "workload": self.config.workload,
+            "metrics": evaluation["metrics"],
+            "baselines": evaluation["baselines"],
+            "hashes": {
+                "data": self.data_key,
+                "config": fingerprint(self.config.model_dump(mode="json")),
+                "code": code_version("export"),
+                "training": trained,
+            },
+            "plan": [{k: v for k, v in plan.to_dict().items() if k != "probes"} for plan in self.plans],
+        }
+        job = {"export_dir": str(self.run.path / "export"), **settings, "card": card}
+        target = "memfit.export.worker:run"
+        self._do("export", key, ["export"], lambda: self._child("export", target, {**self._finished_job(), **job}))
+
+    def _report(self) -> None:
+        started = time.perf_counter()
+        key = fingerprint({"steps": self.run.record["steps"]})
+        self.run.note("report", key, "ran")
+        write_report(self.run.path)
+        self.run.note("report", key, "ran", seconds=time.perf_counter() - started)
+
+    def summary(self) -> dict[str, Any]:
+        """Say what there is now: paths, what was reused, plans, metrics."""
+        path = self.run.path
+        present = {name: str(path / file) for name, file in FILES.items() if (path / file).exists()}
+        evaluation = read_json(path / "evaluation.json") if "evaluation" in present else {}
+        return {
+            "run_dir": str(path),
+            "run_id": self.run.run_id,
+            "name": self.config.name,
+            "files": present,
+            "steps": self.run.record["steps"],
+            "plans": [plan.to_dict() for plan in self.plans] if "plan" in present else [],
+            "metrics": evaluation.get("metrics"),
+            "baselines": evaluation.get("baselines"),
+            "unit": evaluation.get("unit"),
+        }
+
+
+FILES = {
+    "config": "config.toml",
+    "plan": "plan.json",
+    "evaluation": "evaluation.json",
+    "model": "export/model.onnx",
+    "card": "export/model_card.json",
+    "report": "report.html",
+}
+
+
+def open_run(
+    config: RunConfig,
+    *,
+    runs: Path,
+    store: Path,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    on_event: Emit = lambda _event: None,
+) -> Pipeline:
+    """Open a run: a new directory, the one given, or with `resume` the newest unfinished one of this config.
+
+    Raises: RunStateError where the directory holds a run of another config.
+    """
+    text = to_toml(config)
+    path = run_dir or (unfinished(runs / config.name, text) if resume else None) or runs / config.name / new_run_id()
+    run = RunDirectory(path)
+    if run.record:
+        if (path / "config.toml").read_text(encoding="utf-8") != text:
+            raise RunStateError(
+                f"{path}: holds a run of another config. Take another --run-dir, or continue it: memfit run {path}"
+            )
+    else:
+        facts = {
+            "memfit_version": memfit.__version__,
+            "code_version": {part: code_version(part) for part in CODE},
+            "environment": environment() | {"device": config.plan.device},
+            "data_dir": None,
+        }
+        run = RunDirectory.create(path, config.name, facts)
+        write_text(path / "config.toml", text)
+    return Pipeline(config, run, store, fresh=fresh, on_event=on_event)
+
+
+def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig, Path | None]:
+    """Read a config file, or the config of a run directory; return it with the directory, if it was one."""
+    if path.is_dir():
+        return load_config(path / "config.toml", overrides), path
+    return load_config(path, overrides), None

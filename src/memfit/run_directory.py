@@ -1,0 +1,171 @@
+"""One run, one directory: its lock, its record of steps, and reuse of what earlier runs did."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memfit.errors import RunStateError
+from memfit.files import read_json, write_json
+
+RECORD = "run.json"
+
+
+def new_run_id() -> str:
+    """Name a run by its start (UTC, milliseconds) and process, so that names sort by time and never collide."""
+    now = time.time()
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}-{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished step of an earlier run whose inputs, config and code were the same."""
+
+    run_dir: Path
+    run_id: str
+
+
+class RunDirectory:
+    """A run's files. The record in run.json says which step did what, and survives a kill at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = read_json(path / RECORD) if (path / RECORD).exists() else {}
+
+    @classmethod
+    def create(cls, path: Path, name: str, facts: dict[str, Any]) -> "RunDirectory":
+        """Make the directory of a new run and write its first record."""
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run.record = {
+            "schema": 1,
+            "run_id": path.name,
+            "name": name,
+            "created": now,
+            "finished": None,
+            **facts,
+            "steps": [],
+        }
+        run.save()
+        return run
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id."""
+        return str(self.record["run_id"])
+
+    def save(self) -> None:
+        """Write the record."""
+        write_json(self.path / RECORD, self.record)
+
+    def step(self, name: str) -> dict[str, Any] | None:
+        """Return the record of a step, if it was begun."""
+        return next((step for step in self.record["steps"] if step["name"] == name), None)
+
+    def note(
+        self, name: str, fingerprint: str, status: str, *, from_run: str | None = None, seconds: float = 0.0
+    ) -> None:
+        """Write down where a step stands: running, ran or reused."""
+        entry = {"name": name, "fingerprint": fingerprint, "status": status, "from_run": from_run, "seconds": seconds}
+        steps = [step for step in self.record["steps"] if step["name"] != name]
+        self.record["steps"] = [*steps, entry]
+        self.save()
+
+    def done(self, name: str, fingerprint: str) -> bool:
+        """Tell whether this run finished a step with this fingerprint."""
+        step = self.step(name)
+        return step is not None and step["fingerprint"] == fingerprint and step["status"] in ("ran", "reused")
+
+    def find_earlier(self, name: str, fingerprint: str, outputs: list[str]) -> Found | None:
+        """Find the newest other run beside this one that finished the step, its outputs still there."""
+        for folder in sorted(self.path.resolve().parent.iterdir(), reverse=True):
+            if folder.name == self.path.resolve().name or not (folder / RECORD).exists():
+                continue
+            try:
+                other = RunDirectory(folder)
+                finished = other.done(name, fingerprint)
+            except (ValueError, KeyError):  # another process is writing it, or it is not ours
+                continue
+            if finished and all((folder / output).exists() for output in outputs):
+                origin = (other.step(name) or {}).get("from_run") or other.run_id
+                return Found(folder, origin)
+        return None
+
+    def take(self, found: Found, outputs: list[str]) -> None:
+        """Take over an earlier run's outputs by hard link, or by copy where links cannot be made."""
+        for output in outputs:
+            source, target = found.run_dir / output, self.path / output
+            if source.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.copytree(source, target, symlinks=True, copy_function=_link)
+            else:
+                target.unlink(missing_ok=True)
+                _link(str(source), str(target))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Own the directory while the block runs. Raises: RunStateError that names the owner."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                raise RunStateError(
+                    f"{self.path}: in use by {owner}. Wait for it, or take another --run-dir."
+                ) from None
+            lock.truncate(0)
+            lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
+            lock.flush()
+            yield
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def unfinished(runs: Path, config_text: str) -> Path | None:
+    """Find the newest run of a name that did not finish and has the same resolved config."""
+    if not runs.exists():
+        return None
+    for folder in sorted(runs.iterdir(), reverse=True):
+        config = folder / "config.toml"
+        if config.exists() and config.read_text(encoding="utf-8") == config_text and (folder / RECORD).exists():
+            return None if read_json(folder / RECORD)["finished"] else folder
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the libraries."""
+    import numpy as np
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
