@@ -64,9 +64,9 @@ class RunView:
     def _stage_start(self, event: dict[str, Any]) -> None:
         plan = event["plan"]
         self.console.print(
-            f"      {event['parameters']:,} parameters, {event['num_train']:,} samples, up to "
-            f"{event['epochs']} epochs of {event['steps_per_epoch']} steps; {plan['micro_batch_size']} x {plan['accumulation_steps']} samples, "
-            f"{plan['precision']}"
+            f"      {event['parameters']:,} parameters, {event['num_train']:,} samples, "
+            f"up to {event['epochs']} epochs of {event['steps_per_epoch']} steps; "
+            f"{plan['micro_batch_size']} x {plan['accumulation_steps']} samples, {plan['precision']}"
         )
         self._epochs, self._steps_per_epoch = event["epochs"], event["steps_per_epoch"]
         if self.console.is_terminal:

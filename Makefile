@@ -1,0 +1,31 @@
+# Few verbs, no logic. `make run` and `make test` are all that a fresh machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export DO_NOT_TRACK = 1
+
+.PHONY: run test check bench clean
+
+run: .venv/.installed
+	$(BIN)/python -m flows.train_model configs/weather_quick.toml $(ARGS)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks.make_run $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
