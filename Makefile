@@ -20,7 +20,7 @@ check: .venv/.installed
 	$(BIN)/lint-imports
 
 bench: .venv/.installed
-	$(BIN)/python -m benchmarks.make_run $(ARGS)
+	$(BIN)/python -m benchmarks.step_overhead $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -332,9 +332,14 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not there; expected an .npz file with one array per input")
     try:
-        with np.load(path, allow_pickle=False) as opened:
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise InputError(f"{path}: expected an .npz file with one array per input, got a single .npy array")
+        with opened:
             return {name: opened[name] for name in opened.files}
-    except (ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: expected an .npz file of plain arrays; {error}") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from memfit.errors import ChildError, DoesNotFitError
 from memfit.memory.plan import Candidate, Plan, Probe
 from memfit.memory.probe import HEADROOM, evaluation_batch_size
-from memfit.memory.search import candidates, confirm, ranking
+from memfit.memory.search import candidates, confirm, memory_bound, ranking
 from memfit.process import run_child
 
 MIB = 2**20
@@ -68,15 +68,9 @@ def _climb(request: PlanRequest, tried: list[Probe], on_probe: OnProbe) -> list[
             probes = _run(request, ladder, False, on_probe)
             tried.extend(probes)
             found.extend(probes)
-            if not _memory_bound(probes, len(ladder), request.budget_bytes):
+            if not memory_bound(probes, ladder, int(request.budget_bytes * (1 - HEADROOM))):
                 break
     return found
-
-
-def _memory_bound(probes: Sequence[Probe], rungs: int, budget_bytes: int) -> bool:
-    if any(probe.outcome != "fits" for probe in probes) or not probes:
-        return True
-    return len(probes) < rungs and (probes[-1].peak_bytes or 0) > budget_bytes / 2
 
 
 def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_probe: OnProbe) -> list[Probe]:

@@ -38,8 +38,15 @@ def sweep(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int) -> I
         fitting.append(probe)
         if len(fitting) == len(ladder):
             return
-        if _next_peak(fitting, ladder[len(fitting)]) > budget_bytes or _stalled(fitting):
+        if memory_bound(fitting, ladder, budget_bytes) or _stalled(fitting):
             return
+
+
+def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], budget_bytes: int) -> bool:
+    """Tell whether memory, not speed, is what ends a climb here."""
+    if not probes or probes[-1].outcome != "fits":
+        return True
+    return len(probes) < len(ladder) and _next_peak(probes, ladder[len(probes)]) > budget_bytes
 
 
 def _next_peak(fitting: Sequence[Probe], following: Candidate) -> float:

@@ -100,10 +100,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Figures side by side, as many as the screen has room for."""
+    """Figures of one size side by side, on a phone below each other."""
 
     kind: ClassVar[str] = "gallery"
     figures: tuple[Figure, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns on a wide screen: those that leave the fewest places empty in the last row."""
+        number = len(self.figures)
+        return number if number <= 4 else min((3, 4), key=lambda columns: -number % columns)
 
 
 @dataclass(frozen=True)

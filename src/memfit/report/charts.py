@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from memfit.report.blocks import Figure, Key
 from memfit.report.history import StageHistory
-from memfit.report.plots import COLOURS, Plot, css_colour, new_plot
-from memfit.report.units import finite, number_text
+from memfit.report.plots import COLOURS, HEIGHT, NARROW, WIDE, Plot, css_colour, new_plot
+from memfit.report.units import finite, setting_text
 
 MAX_MARKERS = 40
 MAX_DRAWN = 500
@@ -57,39 +58,47 @@ class Stretch:
         return sum(self.lengths)
 
 
-def epoch_figure(
-    name: str,
-    title: str,
-    stages: Sequence[StageHistory],
-    lines: Sequence[Line],
-    *,
-    label: str = "",
-    caption: str = "",
-    write: Callable[[float], str] = number_text,
-    from_zero: bool = False,
-    ring: bool = True,
-) -> Figure | None:
-    """Draw curves over the epochs of all stages and, with `ring`, mark each stage's best epoch on the last curve.
+@dataclass(frozen=True)
+class EpochChart:
+    """Curves over the epochs of all stages. `ring` marks each stage's best epoch on the last curve."""
 
-    None where no curve has a point.
-    """
-    lines = [line for line in lines if line.known]
-    if not lines:
-        return None
-    stretch = Stretch([stage.name for stage in stages], [len(stage.epochs) for stage in stages])
-    with new_plot() as plot:
-        for line in lines:
-            _draw_line(plot.axes, stretch, line)
-        marked = ring and _ring_best(plot.axes, stretch, stages, lines[-1])
-        finish_axes(plot.axes, [point for line in lines for point in line.known], write, from_zero)
-        plot.axes.set_xlabel("epoch, all stages" if len(stages) > 1 else "epoch")
-        plot.axes.set_ylabel(label)
-        plot.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _separate(plot, stretch, 0.5)
-        svg = plot.svg(name, f"{title} over {stretch.total} epochs. {_summary(lines[-1], write)}")
-    legend = [Key(line.label, css_colour(line.colour), line.line) for line in lines]
-    legend += [Key("best epoch", css_colour(lines[-1].colour), "dot")] if marked else []
-    return Figure(title, svg, caption, tuple(legend))
+    name: str
+    title: str
+    stages: Sequence[StageHistory]
+    lines: Sequence[Line]
+    label: str = ""
+    caption: str = ""
+    write: Callable[[float], str] = setting_text
+    from_zero: bool = False
+    ring: bool = True
+
+    def figure(self, *, wide: bool = False) -> Figure | None:
+        """Draw the chart; a wide one also in the size of a phone. None where no curve has a point."""
+        lines = [line for line in self.lines if line.known]
+        if not lines:
+            return None
+        narrow = self._draw(lines, NARROW, HEIGHT)
+        broad = self._draw(lines, WIDE, 280) if wide else None
+        legend = [Key(line.label, css_colour(line.colour), line.line) for line in lines]
+        if self.ring and any(stage.best_index is not None for stage in self.stages):
+            legend.append(Key("best epoch", css_colour(lines[-1].colour), "dot"))
+        return Figure(self.title, broad or narrow, self.caption, tuple(legend), narrow if broad else None)
+
+    def _draw(self, lines: Sequence[Line], width: float, height: float) -> Markup:
+        stretch = Stretch([stage.name for stage in self.stages], [len(stage.epochs) for stage in self.stages])
+        with new_plot(width, height) as plot:
+            for line in lines:
+                _draw_line(plot.axes, stretch, line)
+            if self.ring:
+                _ring_best(plot.axes, stretch, self.stages, lines[-1])
+            finish_axes(plot.axes, [point for line in lines for point in line.known], self.write, self.from_zero)
+            plot.axes.set_xlabel("epoch, all stages" if len(self.stages) > 1 else "epoch")
+            plot.axes.set_ylabel(self.label)
+            plot.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            _separate(plot, stretch)
+            first, last = self.write(lines[-1].known[0]), self.write(lines[-1].known[-1])
+            label = f"{self.title} over {stretch.total} epochs; {lines[-1].label} from {first} to {last}."
+            return plot.svg(f"{self.name}-{width:.0f}", label)
 
 
 def step_figure(
@@ -112,10 +121,10 @@ def step_figure(
                 plot.axes.fill_between(xs, thinned.lows, thinned.highs, color=COLOURS[colour], alpha=0.22, linewidth=0)
             plot.axes.plot(xs, thinned.means, color=COLOURS[colour], linewidth=1.4, marker=_marker(len(xs)))
             drawn += [*thinned.lows, *thinned.highs]
-        finish_axes(plot.axes, drawn, number_text, from_zero=False)
+        finish_axes(plot.axes, drawn, setting_text, from_zero=False)
         plot.axes.set_xlabel("optimizer step")
         plot.axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _separate(plot, stretch, 0.5)
+        _separate(plot, stretch)
         svg = plot.svg(name, f"{title} over {stretch.total} optimizer steps.")
     legend = (Key("mean", css_colour(colour)), Key("lowest to highest", css_colour(colour), "area"))
     return Figure(title, svg, caption, legend if banded else ())
@@ -155,13 +164,11 @@ def _marker(num_points: int) -> str:
     return "o" if num_points <= MAX_MARKERS else ""
 
 
-def _ring_best(axes: Axes, stretch: Stretch, stages: Sequence[StageHistory], line: Line) -> bool:
-    marked = False
+def _ring_best(axes: Axes, stretch: Stretch, stages: Sequence[StageHistory], line: Line) -> None:
     for stage, start, part in zip(stages, stretch.starts, line.parts, strict=True):
         best = stage.best_index
         if best is None or best >= len(part) or math.isnan(part[best]):
             continue
-        marked = True
         axes.plot(
             [start + best + 1],
             [part[best]],
@@ -171,24 +178,23 @@ def _ring_best(axes: Axes, stretch: Stretch, stages: Sequence[StageHistory], lin
             markeredgecolor=COLOURS[line.colour],
             markeredgewidth=1.6,
         )
-    return marked
 
 
-def _separate(plot: Plot, stretch: Stretch, offset: float) -> None:
+def _separate(plot: Plot, stretch: Stretch) -> None:
     """Draw a line between the stages and write each one's name above its part."""
     total = max(stretch.total, 1)
-    plot.axes.set_xlim(offset - 0.02 * total, total + offset + 0.02 * total)
+    plot.axes.set_xlim(0.5 - 0.02 * total, total + 0.5 + 0.02 * total)
     if len(stretch.names) < 2:
         return
     for name, start, length in zip(stretch.names, stretch.starts, stretch.lengths, strict=True):
         if start and length:
-            plot.axes.axvline(start + offset, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (2, 3)))
+            plot.axes.axvline(start + 0.5, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (2, 3)))
         room = int(plot.width * 0.8 * length / total / 6)
         if room >= 3:
             short = name if len(name) <= room else name[: room - 1] + "…"
             plot.axes.annotate(
                 short,
-                (start + offset + length / 2, 1.0),
+                (start + 0.5 + length / 2, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 3),
                 textcoords="offset points",
@@ -197,7 +203,3 @@ def _separate(plot: Plot, stretch: Stretch, offset: float) -> None:
                 fontsize=10,
                 color=COLOURS["muted"],
             )
-
-
-def _summary(line: Line, write: Callable[[float], str]) -> str:
-    return f"{line.label}: first {write(line.known[0])}, last {write(line.known[-1])}."

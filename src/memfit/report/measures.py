@@ -47,10 +47,10 @@ def measure(name: str) -> Measure:
 
 
 def best_of(name: str, values: list[Any]) -> float | None:
-    """Return the best of a score's values, or None where there is no better and worse."""
+    """Return the best of a score's values, or None where none is better or worse."""
     known = [value for value in map(finite, values) if value is not None]
     better = measure(name).better
-    if not known or not better:
+    if not better or not known or (len(known) > 1 and len(set(known)) == 1):
         return None
     return min(known) if better == "lower" else max(known)
 

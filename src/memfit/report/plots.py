@@ -25,8 +25,8 @@ COLOURS = {
     "red": "#01020a",
     "violet": "#01020b",
 }
-NARROW, WIDE = 380.0, 1100.0
-HEIGHT = 240.0
+NARROW, WIDE = 330.0, 1140.0
+HEIGHT = 220.0
 
 _STYLE: Any = {
     "figure.dpi": 72,

@@ -22,11 +22,11 @@ def time_line(arrays: Arrays, unit: str, threshold: float | None) -> Figure:
     """Draw truth and prediction over the last `MAX_ROWS` test rows; a gap in time is a gap in the curves."""
     recent = {name: arrays[name][-MAX_ROWS:] for name in ("times", "truth", "value")}
     num_rows = len(recent["times"])
-    legend = [Key("truth", css_colour("muted")), Key("prediction", css_colour("blue"))]
+    legend = [Key("truth", css_colour("ink")), Key("prediction", css_colour("blue"))]
     legend += [Key("threshold", css_colour("red"), "dashed")] if threshold is not None else []
     label = f"Truth and prediction over the last {num_rows} test rows."
     drawn = {}
-    for width, height in ((WIDE, 300.0), (NARROW, 270.0)):
+    for width, height in ((WIDE, 300.0), (NARROW, 250.0)):
         with new_plot(width, height) as plot:
             _draw_time_line(plot.axes, recent, threshold)
             plot.axes.set_ylabel(unit)
@@ -37,7 +37,7 @@ def time_line(arrays: Arrays, unit: str, threshold: float | None) -> Figure:
 
 def _draw_time_line(axes: Axes, recent: Arrays, threshold: float | None) -> None:
     times, (truth, value) = _with_gaps(recent["times"], (recent["truth"], recent["value"]))
-    axes.plot(times, truth, color=COLOURS["muted"], linewidth=1.3)
+    axes.plot(times, truth, color=COLOURS["ink"], linewidth=1.2)
     axes.plot(times, value, color=COLOURS["blue"], linewidth=1.6)
     if threshold is not None:
         axes.axhline(threshold, color=COLOURS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
@@ -64,7 +64,7 @@ def scatter(arrays: Arrays, unit: str) -> Figure:
     """Draw predictions over truth, evenly thinned to `MAX_DOTS` rows, with the diagonal of a perfect model."""
     truth, value = _finite_pairs(arrays["truth"], arrays["value"])
     picked = np.linspace(0, len(truth) - 1, min(len(truth), MAX_DOTS)).round().astype(int)
-    with new_plot(NARROW, HEIGHT + 60) as plot:
+    with new_plot(NARROW, HEIGHT + 20) as plot:
         ends = _range(np.concatenate([truth, value]))
         plot.axes.plot(ends, ends, color=COLOURS["muted"], linewidth=1.1, linestyle=(0, (4, 3)))
         plot.axes.plot(
@@ -87,7 +87,7 @@ def errors(arrays: Arrays, unit: str) -> Figure:
     both = np.concatenate([own, rival])
     reach = float(np.quantile(np.abs(both), 0.99)) * 1.1 or 1.0
     bins = np.linspace(-reach, reach, 42)
-    with new_plot(NARROW, HEIGHT + 60) as plot:
+    with new_plot(NARROW, HEIGHT + 20) as plot:
         if len(rival):
             _stairs(plot, rival, bins, "orange")
         _stairs(plot, own, bins, "blue", fill=True)

@@ -49,8 +49,14 @@ def count_text(count: float) -> str:
 
 
 def number_text(number: float) -> str:
-    """Write a measured number with four significant digits."""
-    return significant(number, 4)
+    """Write a measured number with four significant digits, and at most four decimals from 0.01 upwards."""
+    return f"{number:.4f}" if 0.01 <= abs(number) < 1 else significant(number, 4)
+
+
+def setting_text(number: float) -> str:
+    """Write a number that someone chose, without zeros at its end: 15, 0.25, 3e-05."""
+    text = significant(number, 5)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def significant(number: float, digits: int) -> str:

@@ -36,6 +36,18 @@ def series_export(export_in_child, tmp_path_factory):
     return folder, export_in_child("series", folder)
 
 
+@pytest.fixture(scope="session")
+def attention_export(export_in_child, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attention") / "export"
+    return folder, export_in_child("attention", folder)
+
+
+@pytest.fixture(scope="session")
+def tokens_export(export_in_child, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "export"
+    return folder, export_in_child("tokens", folder)
+
+
 @pytest.fixture
 def bundle(series_export, tmp_path):
     """A copy of the series bundle that a test may spoil."""

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
 from memfit.errors import ExportError
 from memfit.export.bundle import check_request
 
@@ -65,12 +66,8 @@ def test_tolerance_follows_the_unit_of_each_output(series_export):
 
 
 @pytest.mark.parametrize("case", ["series", "attention", "tokens"])
-def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, request, export_in_child, tmp_path):
-    if case == "series":
-        folder, said = request.getfixturevalue("series_export")
-    else:
-        folder = tmp_path / "export"
-        said = export_in_child(case, folder)
+def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, request):
+    folder, said = request.getfixturevalue(f"{case}_export")
     content = (folder / "model.onnx").read_bytes()
     here = str(Path(__file__).parents[3]).encode()
     for trace in (here, b"/work", b"site-packages", b".py", b"stack_trace", b"pkg.torch", b"exporting_child", b"Net"):
@@ -83,9 +80,8 @@ def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, request, e
     assert [value.name for value in model.graph.output] == [spec["name"] for spec in signature["outputs"]]
 
 
-def test_named_dimensions_besides_the_batch_vary_in_parity(export_in_child, tmp_path):
-    card = export_in_child("tokens", tmp_path / "export")["card"]
-    sizes = [batch["sizes"] for batch in card["parity"]["batches"]]
+def test_named_dimensions_besides_the_batch_vary_in_parity(tokens_export):
+    sizes = [batch["sizes"] for batch in tokens_export[1]["card"]["parity"]["batches"]]
     assert sizes == [{"batch": 1, "time": 15}, {"batch": 3, "time": 10}, {"batch": 5, "time": 20}]
 
 

@@ -1,4 +1,5 @@
 import pytest
+
 from memfit.errors import ExportError
 from memfit.export.directory import replace_directory
 
@@ -32,9 +33,14 @@ def test_old_directory_is_replaced_whole(target):
 def test_old_directory_survives_a_failure(target):
     with replace_directory(target, marker="card") as folder:
         write(folder, "old")
-    with pytest.raises(KeyError), replace_directory(target, marker="card") as folder:
-        write(folder, "half")
-        raise KeyError
+
+    def fail_halfway():
+        with replace_directory(target, marker="card") as folder:
+            write(folder, "half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
     assert (target / "card").read_text() == "old"
     assert [path.name for path in target.parent.iterdir()] == ["export"]
 

@@ -2,12 +2,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
+from torch import nn
+
 from memfit.errors import ExportError
 from memfit.export import graph
 from memfit.export.graph import check_self_contained, check_signature, example_arrays, refuse_oversize, strip
 from memfit.export.signature import Signature, bind_samples
-from onnx import TensorProto, helper
-from torch import nn
 
 INPUTS = [Signature("x", ["batch", 2])]
 OUTPUTS = [Signature("y", ["batch", 2])]
@@ -118,5 +119,5 @@ def test_unreadable_module_is_an_export_error():
 
     example = {"x": np.ones((2, 2), np.float32)}
     with pytest.raises(ExportError, match=r"torch\.onnx\.export failed on Branches"):
-        graph.trace(Branches(), INPUTS, OUTPUTS, example, 20)
+        graph.trace(Branches().eval(), INPUTS, OUTPUTS, example, 20)
     assert torch.is_grad_enabled()

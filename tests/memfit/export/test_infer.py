@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+
 from memfit.export.infer import BundleError, InputError, MismatchError, Model, bind_inputs, main
+from memfit.files import sha256_file
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 STANDALONE = """
@@ -76,8 +79,6 @@ def test_check_fails_on_a_wrong_expectation(bundle, capsys):
 
 def adopt(bundle, name):
     """Write the present hash of a changed file into the card."""
-    from memfit.files import sha256_file
-
     card = json.loads((bundle / "model_card.json").read_text())
     card["files"][name]["sha256"] = sha256_file(bundle / name)
     (bundle / "model_card.json").write_text(json.dumps(card))
@@ -260,8 +261,6 @@ def test_unfit_csv_names_file_and_line(bundle, tmp_path, capsys, old, new, messa
     assert main(["--folder", str(bundle), "predict", "--csv", str(table)]) == 2
     error = capsys.readouterr().err
     assert str(table) in error
-    import re
-
     assert re.search(message, error)
 
 

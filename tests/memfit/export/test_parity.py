@@ -2,12 +2,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
+from torch import nn
+
 from memfit.errors import ExportError
 from memfit.export.infer import compare
 from memfit.export.parity import check_parity, parity_sizes, run_torch, state_tolerances
 from memfit.export.signature import Signature
-from onnx import TensorProto, helper
-from torch import nn
 
 INPUTS = [Signature("x", ["batch", 2])]
 OUTPUTS = [Signature("y", ["batch", 2])]

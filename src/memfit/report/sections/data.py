@@ -18,7 +18,7 @@ from memfit.report.blocks import (
     text_cell,
 )
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text, count_text, finite, number_text, share_text, time_text
+from memfit.report.units import bytes_text, count_text, finite, number_text, setting_text, share_text, time_text
 
 SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 20
@@ -57,7 +57,10 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
             ("To", _moment(manifest.get("last_time"))),
             ("Range", Cell(f"{figure(statistics.get('min'))} to {figure(statistics.get('max'))}")),
             ("Normalization", Cell(f"({figure(value.get('mean'))}) ± {figure(value.get('std'))}", "train rows only")),
-            ("Threshold", Cell(figure(manifest.get("threshold")))),
+            (
+                "Threshold",
+                measured(manifest.get("threshold"), lambda value: f"{setting_text(value)} {unit}".strip(), "not set"),
+            ),
             ("Gaps filled", measured(manifest.get("filled_rows"), count_text, "not recorded")),
             ("Gap policy", text_cell(policy)),
             ("Longest window", measured(manifest.get("context"), lambda rows: f"{rows:,.0f} rows", "not recorded")),

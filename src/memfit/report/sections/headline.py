@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from memfit.report.blocks import Cell
 from memfit.report.measures import improvement, measure
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text, share_text, time_text
+from memfit.report.units import (
+    bytes_text,
+    count_text,
+    finite,
+    number_text,
+    seconds_text,
+    setting_text,
+    share_text,
+    time_text,
+)
 
 LEVEL = 0.005
 """Differences below half a percent are called level."""
@@ -102,7 +111,7 @@ def _score(run: Run) -> Tile | None:
     if risk is None:
         return None
     threshold = finite(run.evaluation.get("threshold"))
-    above = f"of rows predicted above {number_text(threshold)} {run.unit}".strip() if threshold is not None else ""
+    above = f"of rows predicted above {setting_text(threshold)} {run.unit}".strip() if threshold is not None else ""
     return Tile(measure("loss_risk").label, share_text(risk), above)
 
 

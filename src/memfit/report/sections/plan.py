@@ -33,6 +33,7 @@ _CLASSES = {
     "numerics": "numerics: changes rounding",
     "lossy": "lossy: changes what is learned",
 }
+ONE_VARIANT = "the model has only one"
 _LAYOUT = ("micro_batch_size", "accumulation_steps", "precision", "checkpointing", "variant")
 
 
@@ -55,7 +56,7 @@ def _stage(stage: dict[str, Any]) -> list[Block]:
         blocks.append(Note(f"Chosen and verified: {stage.get('reason') or 'no reason recorded'}", "good"))
     else:
         blocks.append(Note(f"An estimate, not yet run: {stage.get('reason') or 'no reason recorded'}", "warn"))
-    blocks += [_memory_table(stage), _facts(stage), _levers(stage)]
+    blocks += [_facts(stage), _levers(stage)]
     if probes:
         table = _probe_table(probes, chosen, finite(stage.get("budget_bytes")))
         summary = f"All {len(probes)} tries" if len(probes) > 1 else "The one try"
@@ -83,23 +84,6 @@ def _lossy_sentence(stages: list[dict[str, Any]]) -> str:
     return "Only levers that change nothing in the result were used."
 
 
-def _memory_table(stage: dict[str, Any]) -> Table:
-    """Set the plan's bytes beside the budget, as bars."""
-    budget = finite(stage.get("budget_bytes"))
-    lines = (
-        ("Budget", "budget_bytes", "not set"),
-        ("Measured peak", "measured_peak_bytes", "not measured: no probe has run"),
-        ("Predicted peak", "predicted_peak_bytes", "not predicted: found by measuring"),
-        ("Upper bound of the prediction", "upper_peak_bytes", "not predicted: found by measuring"),
-    )
-    rows = [
-        Row((Cell(label), _bar_cell(stage.get(key), budget, why)))
-        for label, key, why in lines
-        if stage.get(key) is not None or key in ("budget_bytes", "measured_peak_bytes")
-    ]
-    return Table((Column("Process memory"), Column("")), tuple(rows))
-
-
 def _bar_cell(value: Any, budget: float | None, why: str = "not measured") -> Cell:
     number = finite(value)
     if number is None or not budget:
@@ -109,32 +93,38 @@ def _bar_cell(value: Any, budget: float | None, why: str = "not measured") -> Ce
 
 
 def _facts(stage: dict[str, Any]) -> Facts:
-    return Facts(
-        (
-            ("Device", text_cell(stage.get("device"))),
-            ("Precision", text_cell(stage.get("precision"))),
-            ("Checkpointing", text_cell(stage.get("checkpointing"))),
-            ("Variant", text_cell(stage.get("variant"), "the model has only one")),
-            ("Sequence length", measured(stage.get("seq_len"), count_text, "the data's own; not a lever here")),
-            ("Step", measured(stage.get("step_seconds"), seconds_text)),
-            ("Samples/s", measured(stage.get("samples_per_second"), number_text)),
-            ("Evaluation batch", measured(stage.get("eval_batch_size"), count_text, "not recorded")),
-        )
-    )
+    budget = finite(stage.get("budget_bytes"))
+    unseen = "not predicted: this plan was found by measuring"
+    pairs = [
+        ("Budget", measured(budget, bytes_text, "not set")),
+        ("Measured peak", _bar_cell(stage.get("measured_peak_bytes"), budget, "no probe has run")),
+        ("Predicted peak", _bar_cell(stage.get("predicted_peak_bytes"), budget, unseen)),
+        ("Its upper bound", _bar_cell(stage.get("upper_peak_bytes"), budget, unseen)),
+        ("Device", text_cell(stage.get("device"))),
+        ("Precision", text_cell(stage.get("precision"))),
+        ("Checkpointing", text_cell(stage.get("checkpointing"))),
+        ("Variant", text_cell(stage.get("variant"), ONE_VARIANT)),
+        ("Sequence length", measured(stage.get("seq_len"), count_text, "the data's own: not a lever here")),
+        ("Step", measured(stage.get("step_seconds"), seconds_text)),
+        ("Samples/s", measured(stage.get("samples_per_second"), number_text)),
+        ("Evaluation batch", measured(stage.get("eval_batch_size"), count_text, "not recorded")),
+    ]
+    return Facts(tuple(pairs))
 
 
-def _levers(stage: dict[str, Any]) -> Table:
+def _levers(stage: dict[str, Any]) -> Facts:
+    """Say per class which levers were pulled; a class without any is worth saying too."""
     levers = objects(stage.get("levers"))
     classes = [*_CLASSES, *sorted({str(lever.get("class")) for lever in levers} - set(_CLASSES))]
-    rows = []
+    pairs = []
     for name in classes:
         used = [lever for lever in levers if str(lever.get("class")) == name]
         text = ", ".join(f"{lever.get('name')} = {lever.get('value')}" for lever in used)
         tone = "warn" if name == "lossy" and used else ""
-        rows.append(
-            Row((Cell(_CLASSES.get(name, name)), Cell(text, tone=tone) if used else Cell("none", tone="muted")))
+        pairs.append(
+            (f"Levers, {_CLASSES.get(name, name)}", Cell(text, tone=tone) if used else Cell("none", tone="muted"))
         )
-    return Table((Column("Levers by class"), Column("used")), tuple(rows))
+    return Facts(tuple(pairs))
 
 
 def _chosen(stage: dict[str, Any], probes: list[dict[str, Any]]) -> set[int]:
@@ -180,7 +170,7 @@ def _probe_cells(probe: dict[str, Any], chosen: bool, budget: float | None) -> t
         figure("accumulation_steps", count_text),
         text_cell(probe.get("precision")),
         text_cell(probe.get("checkpointing")),
-        text_cell(probe.get("variant"), "the model has only one"),
+        text_cell(probe.get("variant"), ONE_VARIANT),
         Cell(label, str(probe.get("message") or meaning), tone),
         _bar_cell(probe.get("peak_bytes"), budget, "not measured: it did not run to the end"),
         figure("step_seconds", seconds_text),

@@ -7,7 +7,7 @@ import numpy as np
 from memfit.report.blocks import Block, Cell, Column, Gallery, Heading, Note, Row, Section, Table, pending
 from memfit.report.prediction_charts import Arrays, errors, scatter, time_line
 from memfit.report.run_files import Run
-from memfit.report.units import count_text, finite, number_text
+from memfit.report.units import count_text, finite, setting_text
 
 MAX_CLASSES = 20
 
@@ -63,6 +63,6 @@ def _class_names(run: Run, num_classes: int) -> list[str]:
     edges = [edge for edge in map(finite, recorded if isinstance(recorded, list) else []) if edge is not None]
     if len(edges) != num_classes - 1 or not edges:
         return [f"class {index}" for index in range(num_classes)]
-    texts = [number_text(edge) for edge in edges]
+    texts = [setting_text(edge) for edge in edges]
     between = [f"{low} – {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *between, f"above {texts[-1]}"]

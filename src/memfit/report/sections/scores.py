@@ -5,9 +5,8 @@ from typing import Any
 from memfit.report.blocks import Cell, Column, Facts, Row, Section, Table, measured, pending, text_cell
 from memfit.report.measures import MEASURES, best_of, measure
 from memfit.report.run_files import Run, mapping
-from memfit.report.units import count_text, finite, number_text
+from memfit.report.units import count_text, finite, setting_text
 
-UNDEFINED = "undefined: no row to compute it from"
 _ARROWS = {"lower": "lower is better", "higher": "higher is better", "": ""}
 
 
@@ -38,7 +37,8 @@ def _row(name: str, columns: dict[str, dict[str, Any]], unit: str) -> Row:
     best = best_of(name, [column.get(name) for column in columns.values()])
     cells = []
     for column in columns.values():
-        cell = measured(column.get(name), about.write, UNDEFINED)
+        why = "undefined: no row to compute it from" if name in column else "this baseline has no such score"
+        cell = measured(column.get(name), about.write, why)
         wins = best is not None and finite(column.get(name)) == best
         cells.append(Cell(cell.text, "the best of this line", "best") if wins else cell)
     label = f"{about.label} ({unit})" if about.kind == "unit" and unit else about.label
@@ -52,7 +52,7 @@ def _tally(names: list[str], columns: dict[str, dict[str, Any]]) -> str:
     won = sum(finite(columns["model"].get(name)) == bests[name] for name in judged)
     if len(columns) < 2 or not judged:
         return ""
-    return f"The model has the best figure in {won} of {len(judged)} lines."
+    return f"The model has the best figure, or shares it, in {won} of {len(judged)} lines."
 
 
 def _facts(run: Run) -> Facts:
@@ -62,7 +62,7 @@ def _facts(run: Run) -> Facts:
         (
             ("Split", text_cell(facts.get("split"))),
             ("Rows", measured(facts.get("num_rows"), count_text, "not recorded")),
-            ("Threshold", measured(facts.get("threshold"), lambda value: number_text(value) + unit, "not set")),
+            ("Threshold", measured(facts.get("threshold"), lambda value: setting_text(value) + unit, "not set")),
             ("Rows' hash", Cell(str(facts.get("rows_sha256") or "–")[:16], str(facts.get("rows_sha256")), "code")),
         )
     )

@@ -18,11 +18,11 @@ from memfit.report.blocks import (
     pending,
     text_cell,
 )
-from memfit.report.charts import Line, as_point, epoch_figure, step_figure
+from memfit.report.charts import EpochChart, Line, as_point, step_figure
 from memfit.report.history import StageHistory
 from memfit.report.measures import MEASURES, measure
 from memfit.report.run_files import Run, mapping
-from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text, share_text
+from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text, setting_text, share_text
 
 _REASONS = {
     "epochs": "all epochs done",
@@ -63,7 +63,7 @@ def memory(run: Run) -> Section:
     if not any(stage.epochs for stage in run.stages):
         return pending("memory", title, "no epoch has ended")
     plans = {str(plan.get("stage")): plan for plan in run.plans}
-    figure = epoch_figure(
+    chart = EpochChart(
         "memory",
         "Memory per epoch",
         run.stages,
@@ -78,10 +78,11 @@ def memory(run: Run) -> Section:
         ring=False,
         caption="Bytes of the whole process: what the budget is compared with.",
     )
+    figure = chart.figure(wide=True)
     rows = tuple(_memory_row(stage, plans.get(stage.name, {})) for stage in run.stages)
     names = ("Stage", "Budget", "Planned peak", "Highest peak seen", "Against the budget", "Against the plan")
     table = Table(tuple(Column(name, number=name != "Stage") for name in names), rows)
-    return Section("memory", title, (*([Gallery((figure,))] if figure else []), table))
+    return Section("memory", title, (figure, table) if figure else (table,))
 
 
 def _flat(stage: StageHistory, plans: dict[str, dict[str, Any]], key: str) -> list[float]:
@@ -173,9 +174,8 @@ def _losses(stages: list[StageHistory]) -> list[Figure]:
             for part, colour in (("train", "orange"), ("validation", "blue"))
         ]
         caption = "Weighted sum; the weights may differ by stage." if term == "total" else ""
-        figure = epoch_figure(f"loss-{index}", f"Loss: {term}", stages, lines, caption=caption)
-        figures += [figure] if figure else []
-    return figures
+        figures.append(EpochChart(f"loss-{index}", f"Loss: {term}", stages, lines, caption=caption).figure())
+    return [figure for figure in figures if figure]
 
 
 def _metrics(run: Run) -> list[Figure]:
@@ -201,8 +201,8 @@ def _metric(key: str, names: list[str], run: Run) -> Figure | None:
     title = about.label if len(names) == 1 else "Accuracy above and below the threshold"
     caption = " ".join(MEASURES[name].meaning for name in names if name in MEASURES)
     label = run.unit if about.kind == "unit" else ""
-    write = _percent if about.kind == "share" else number_text
-    return epoch_figure(key, title, run.stages, lines, label=label, caption=caption, write=write)
+    write = _percent if about.kind == "share" else setting_text
+    return EpochChart(key, title, run.stages, lines, label, caption, write).figure()
 
 
 def _percent(share: float) -> str:
