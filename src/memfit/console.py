@@ -135,13 +135,14 @@ def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:
 
 def show_metrics(console: Console, summary: dict[str, Any]) -> None:
     """Print the scores beside the baselines."""
-    rows = {"model": summary["metrics"], **summary["baselines"]}
+    columns = {"model": summary["metrics"], **summary["baselines"]}
     table = Table(title="Scores on the untouched test rows", title_justify="left")
     table.add_column("")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
     for metric in summary["metrics"]:
-        table.add_column(metric.replace("_", " "), justify="right")
-    for name, scores in rows.items():
-        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in scores.values()))
+        values = (scores[metric] for scores in columns.values())
+        table.add_row(metric.replace("_", " "), *("-" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
 
 

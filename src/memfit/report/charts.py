@@ -102,9 +102,12 @@ class EpochChart:
 
 
 def step_figure(
-    name: str, title: str, stages: Sequence[StageHistory], series: str, colour: str, *, caption: str = ""
+    name: str, title: str, stages: Sequence[StageHistory], series: str, colour: str, *, linear: bool = False
 ) -> Figure | None:
-    """Draw a thinned series over the steps of all stages: its mean, and the band from lowest to highest."""
+    """Draw a thinned series over the steps of all stages: its mean, and the band from lowest to highest.
+
+    `linear` starts the scale at zero; otherwise it is logarithmic where the values span much.
+    """
     if not any(stage.steps.get(series) and stage.steps[series].buckets for stage in stages):
         return None
     stretch = Stretch([stage.name for stage in stages], [stage.num_steps for stage in stages])
@@ -121,13 +124,13 @@ def step_figure(
                 plot.axes.fill_between(xs, thinned.lows, thinned.highs, color=COLOURS[colour], alpha=0.22, linewidth=0)
             plot.axes.plot(xs, thinned.means, color=COLOURS[colour], linewidth=1.4, marker=_marker(len(xs)))
             drawn += [*thinned.lows, *thinned.highs]
-        finish_axes(plot.axes, drawn, setting_text, from_zero=False)
+        finish_axes(plot.axes, drawn, setting_text, from_zero=linear)
         plot.axes.set_xlabel("optimizer step")
         plot.axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _separate(plot, stretch)
         svg = plot.svg(name, f"{title} over {stretch.total} optimizer steps.")
     legend = (Key("mean", css_colour(colour)), Key("lowest to highest", css_colour(colour), "area"))
-    return Figure(title, svg, caption, legend if banded else ())
+    return Figure(title, svg, legend=legend if banded else ())
 
 
 def finish_axes(axes: Axes, known: Sequence[float], write: Callable[[float], str], from_zero: bool) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from memfit.report.blocks import Figure, Key
 from memfit.report.plots import COLOURS, HEIGHT, NARROW, WIDE, Plot, css_colour, new_plot
-from memfit.report.units import number_text
+from memfit.report.units import number_text, setting_text
 
 MAX_ROWS = 300
 MAX_DOTS = 1000
@@ -26,22 +26,22 @@ def time_line(arrays: Arrays, unit: str, threshold: float | None) -> Figure:
     legend += [Key("threshold", css_colour("red"), "dashed")] if threshold is not None else []
     label = f"Truth and prediction over the last {num_rows} test rows."
     drawn = {}
-    for width, height in ((WIDE, 300.0), (NARROW, 250.0)):
+    for width, height, ticks in ((WIDE, 300.0, 12), (NARROW, 250.0, 5)):
         with new_plot(width, height) as plot:
-            _draw_time_line(plot.axes, recent, threshold)
+            _draw_time_line(plot.axes, recent, threshold, ticks)
             plot.axes.set_ylabel(unit)
             drawn[width] = plot.svg(f"timeline-{width:.0f}", label)
     title = f"The last {num_rows} test rows"
     return Figure(title, drawn[WIDE], legend=tuple(legend), narrow=drawn[NARROW])
 
 
-def _draw_time_line(axes: Axes, recent: Arrays, threshold: float | None) -> None:
+def _draw_time_line(axes: Axes, recent: Arrays, threshold: float | None, max_ticks: int) -> None:
     times, (truth, value) = _with_gaps(recent["times"], (recent["truth"], recent["value"]))
     axes.plot(times, truth, color=COLOURS["ink"], linewidth=1.2)
     axes.plot(times, value, color=COLOURS["blue"], linewidth=1.6)
     if threshold is not None:
         axes.axhline(threshold, color=COLOURS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
-    locator = mdates.AutoDateLocator(minticks=3, maxticks=7)  # type: ignore[no-untyped-call]
+    locator = mdates.AutoDateLocator(minticks=3, maxticks=max_ticks)  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_locator(locator)
     formatter = mdates.ConciseDateFormatter(locator)  # type: ignore[no-untyped-call]
     axes.xaxis.set_major_formatter(formatter)
@@ -102,8 +102,32 @@ def errors(arrays: Arrays, unit: str) -> Figure:
     return Figure("Errors", svg, f"{bias} (bias); the outermost 1 % is cut off.", tuple(legend))
 
 
-def _stairs(plot: Plot, values: NDArray[Any], bins: NDArray[Any], colour: str, fill: bool = False) -> None:
+def probabilities(arrays: Arrays, threshold: float, unit: str) -> Figure | None:
+    """Draw which probability of exceeding the threshold was given to rows that did, and to rows that did not."""
+    if "exceeds_probability" not in arrays:
+        return None
+    truth, given = _finite_pairs(arrays["truth"], arrays["exceeds_probability"])
+    bins = np.linspace(0, 1, 21)
+    above = truth > threshold
+    parts = ((above, "truly above", "orange"), (~above, "at or below", "blue"))
+    with new_plot(NARROW, HEIGHT + 20) as plot:
+        for chosen, _, colour in parts:
+            if chosen.any():
+                _stairs(plot, given[chosen], bins, colour, fill=True, weight=1 / chosen.sum())
+        plot.axes.set_xlabel("probability given")
+        plot.axes.set_ylabel("share of such rows")
+        plot.axes.yaxis.set_major_locator(MaxNLocator(5))
+        svg = plot.svg("probabilities", "Histograms of the probability given to rows above and at or below.")
+    legend = tuple(Key(label, css_colour(colour), "area") for _, label, colour in parts)
+    caption = f"{int(above.sum()):,} of {len(truth):,} rows are above {setting_text(threshold)} {unit}".rstrip()
+    return Figure("Probability of exceeding", svg, f"{caption}. The further apart, the better.", legend)
+
+
+def _stairs(
+    plot: Plot, values: NDArray[Any], bins: NDArray[Any], colour: str, fill: bool = False, weight: float = 1
+) -> None:
     counts, edges = np.histogram(values, bins)
+    counts = counts * weight
     if fill:
         plot.axes.stairs(counts, edges, color=COLOURS[colour], alpha=0.25, fill=True)
     plot.axes.stairs(counts, edges, color=COLOURS[colour], linewidth=1.5)

@@ -56,7 +56,9 @@ def number_text(number: float) -> str:
 def setting_text(number: float) -> str:
     """Write a number that someone chose, without zeros at its end: 15, 0.25, 3e-05."""
     text = significant(number, 5)
-    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+    if "e" in text:
+        return f"{number:.5g}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def significant(number: float, digits: int) -> str:
@@ -79,3 +81,9 @@ def time_text(moment: Any) -> str:
         return text
     clock, zone = text[11:16], " UTC" if text.endswith(("Z", "+00:00")) else ""
     return f"{text[:10]} {clock}{zone}"
+
+
+def capitalized(key: str) -> str:
+    """Turn a key into a label: `memory_bytes` is Memory bytes; capitals that are there stay."""
+    label = key.replace("_", " ")
+    return label[:1].upper() + label[1:]

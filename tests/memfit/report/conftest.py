@@ -362,3 +362,15 @@ def edit_json() -> Callable[[Path, Callable[[Any], Any]], None]:
         path.write_text(json.dumps(document if changed is None else changed))
 
     return edit
+
+
+@pytest.fixture
+def write_stage(run_dir: Path) -> Callable[[int, list[dict[str, Any]]], Path]:
+    """Replace the events of one of the run's stages (counted from 0)."""
+    return lambda stage, events: write_events(run_dir, stage + 1, STAGES[stage], events)
+
+
+@pytest.fixture
+def stage_events() -> Callable[..., list[dict[str, Any]]]:
+    """Make one stage's events."""
+    return events_of

@@ -43,7 +43,6 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
     def figure(value: Any) -> str:
         return measured(value, lambda number: f"{number_text(number)} {unit}".strip(), "not recorded").text
 
-    value = mapping(manifest, "normalization", "value")
     statistics = mapping(manifest, "statistics")
     names = mapping(manifest, "features").get("names")
     gaps = mapping(manifest, "gaps")
@@ -56,7 +55,7 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
             ("From", _moment(manifest.get("first_time"))),
             ("To", _moment(manifest.get("last_time"))),
             ("Range", Cell(f"{figure(statistics.get('min'))} to {figure(statistics.get('max'))}")),
-            ("Normalization", Cell(f"({figure(value.get('mean'))}) ± {figure(value.get('std'))}", "train rows only")),
+            ("Normalization", _normalization(manifest, unit)),
             (
                 "Threshold",
                 measured(manifest.get("threshold"), lambda value: f"{setting_text(value)} {unit}".strip(), "not set"),
@@ -68,6 +67,14 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
             ("Fingerprint", Cell(str(manifest.get("fingerprint") or "–"), "of sources, settings and code", "code")),
         )
     )
+
+
+def _normalization(manifest: dict[str, Any], unit: str) -> Cell:
+    fitted = mapping(manifest, "normalization", "value")
+    mean, std = finite(fitted.get("mean")), finite(fitted.get("std"))
+    if mean is None or std is None:
+        return absent("not recorded")
+    return Cell(f"{setting_text(mean)} ± {setting_text(std)} {unit}".strip(), "mean and deviation of the train rows")
 
 
 def _moment(value: Any) -> Cell:

@@ -22,7 +22,7 @@ from memfit.report.blocks import (
     text_cell,
 )
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text, significant
+from memfit.report.units import bytes_text, capitalized, significant, time_text
 
 _WITH_INFER = """\
 import numpy as np
@@ -56,7 +56,11 @@ def export(run: Run) -> Section:
 def _facts(card: dict[str, Any]) -> Facts:
     """List the card's plain entries, and the versions that it was made and tested with."""
     plain = {key: value for key, value in card.items() if isinstance(value, str | int | float)}
-    pairs = [(key.replace("_", " "), _value(value)) for key, value in plain.items() if key not in _ELSEWHERE]
+    pairs = [
+        (capitalized(key), Cell(time_text(value)) if key == "created" else _value(value))
+        for key, value in plain.items()
+        if key not in _ELSEWHERE
+    ]
     return Facts((*pairs, *((name, _value(value)) for name, value in mapping(card, "versions").items())))
 
 
@@ -145,7 +149,7 @@ def _files(paths: list[Path], card: dict[str, Any]) -> list[Block]:
 def _further(card: dict[str, Any]) -> list[Block]:
     """Fold away what else the card holds, whatever its shape."""
     return [
-        Details(key.replace("_", " ").capitalize(), (Facts(tuple(_pairs(value))),))
+        Details(capitalized(key), (Facts(tuple(_pairs(value))),))
         for key, value in card.items()
         if key not in _ELSEWHERE and isinstance(value, dict | list) and value
     ]
@@ -153,7 +157,7 @@ def _further(card: dict[str, Any]) -> list[Block]:
 
 def _pairs(document: Any) -> list[tuple[str, Cell]]:
     pairs = document.items() if isinstance(document, dict) else enumerate(document)
-    return [(str(key).replace("_", " "), _value(value)) for key, value in pairs]
+    return [(capitalized(str(key)), _value(value)) for key, value in pairs]
 
 
 def _value(value: Any) -> Cell:

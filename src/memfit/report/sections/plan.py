@@ -29,9 +29,9 @@ _OUTCOMES = {
     "failed": ("failed", "bad", "ended in an error that is not about memory"),
 }
 _CLASSES = {
-    "exact": "exact: changes nothing in the result",
-    "numerics": "numerics: changes rounding",
-    "lossy": "lossy: changes what is learned",
+    "exact": ("Exact levers", "they change nothing in the result"),
+    "numerics": ("Numeric levers", "they change rounding"),
+    "lossy": ("Lossy levers", "they change what is learned"),
 }
 ONE_VARIANT = "the model has only one"
 _LAYOUT = ("micro_batch_size", "accumulation_steps", "precision", "checkpointing", "variant")
@@ -45,7 +45,7 @@ def plan(run: Run) -> Section:
     blocks: list[Block] = []
     for stage in run.plans:
         blocks += _stage(stage)
-    return Section("plan", title, tuple(blocks), lead=_lossy_sentence(run.plans))
+    return Section("plan", title, tuple(blocks), lead=_levers_sentence(run.plans))
 
 
 def _stage(stage: dict[str, Any]) -> list[Block]:
@@ -75,13 +75,13 @@ def _plain(stage: dict[str, Any], key: str) -> str:
     return measured(stage.get(key), count_text).text
 
 
-def _lossy_sentence(stages: list[dict[str, Any]]) -> str:
+def _levers_sentence(stages: list[dict[str, Any]]) -> str:
     used = {str(lever.get("class")) for stage in stages for lever in objects(stage.get("levers"))}
     if "lossy" in used:
-        return "A lossy lever was used: see which below."
+        return "To fit, a lossy lever was pulled, which changes what is learned; see which below."
     if "numerics" in used:
-        return "Nothing lossy was used; the precision was lowered from the configured list."
-    return "Only levers that change nothing in the result were used."
+        return "Nothing lossy was done to fit; levers that change rounding were pulled, as the config allows."
+    return "Only exact levers were pulled to fit: they change nothing in the result."
 
 
 def _bar_cell(value: Any, budget: float | None, why: str = "not measured") -> Cell:
@@ -119,11 +119,10 @@ def _levers(stage: dict[str, Any]) -> Facts:
     pairs = []
     for name in classes:
         used = [lever for lever in levers if str(lever.get("class")) == name]
-        text = ", ".join(f"{lever.get('name')} = {lever.get('value')}" for lever in used)
-        tone = "warn" if name == "lossy" and used else ""
-        pairs.append(
-            (f"Levers, {_CLASSES.get(name, name)}", Cell(text, tone=tone) if used else Cell("none", tone="muted"))
-        )
+        label, meaning = _CLASSES.get(name, (f"{name} levers", ""))
+        text = ", ".join(f"{lever.get('name')} = {lever.get('value')}".replace("_", " ") for lever in used)
+        tone = "warn" if name == "lossy" else ""
+        pairs.append((label, Cell(text, meaning, tone) if used else Cell("none", meaning, "muted")))
     return Facts(tuple(pairs))
 
 

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from memfit.report.blocks import Block, Cell, Column, Gallery, Heading, Note, Row, Section, Table, pending
-from memfit.report.prediction_charts import Arrays, errors, scatter, time_line
+from memfit.report.blocks import Block, Cell, Column, Figure, Gallery, Heading, Note, Row, Section, Table, pending
+from memfit.report.prediction_charts import Arrays, errors, probabilities, scatter, time_line
 from memfit.report.run_files import Run
 from memfit.report.units import count_text, finite, setting_text
 
@@ -23,9 +23,11 @@ def predictions(run: Run) -> Section:
     if not np.any(np.isfinite(arrays["truth"]) & np.isfinite(arrays["value"])):
         return Section("predictions", title, (Note("No test row has a finite prediction.", "bad"),))
     threshold = finite(run.evaluation.get("threshold"))
+    figures: list[Figure | None] = [scatter(arrays, run.unit), errors(arrays, run.unit)]
+    figures += [probabilities(arrays, threshold, run.unit)] if threshold is not None else []
     blocks: list[Block] = [
         time_line(arrays, run.unit, threshold),
-        Gallery((scatter(arrays, run.unit), errors(arrays, run.unit))),
+        Gallery(tuple(figure for figure in figures if figure)),
     ]
     confusion = _confusion(arrays, run)
     blocks += [Heading("Classes", "rows: truth; columns: prediction"), confusion] if confusion else []

@@ -18,7 +18,7 @@ from memfit.report.blocks import (
     text_cell,
 )
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text, finite, seconds_text, time_text
+from memfit.report.units import bytes_text, capitalized, finite, seconds_text, time_text
 
 _STATUS = {"ran": "good", "reused": "muted", "running": "warn"}
 
@@ -59,7 +59,7 @@ def environment(run: Run) -> Section:
         ("Code version", text_cell(run.info.get("code_version"))),
     ]
     for key, value in mapping(run.info, "environment").items():
-        name = key.removesuffix("_bytes").removeprefix("num_").replace("_", " ")
+        name = capitalized(key.removesuffix("_bytes").removeprefix("num_"))
         pairs.append((name, measured(value, bytes_text, "not known") if key.endswith("_bytes") else _plain(value)))
     for key in ("created", "finished"):
         value = run.info.get(key)

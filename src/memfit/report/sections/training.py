@@ -1,6 +1,7 @@
 """How the stages trained: losses, metrics, steps, and memory against the budget."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from memfit.report.blocks import (
@@ -30,10 +31,10 @@ _REASONS = {
     "max_steps": "step limit reached",
 }
 _STEP_CHARTS = (
-    ("loss.total", "Step loss", "blue", ""),
-    ("gradient_norm", "Gradient norm", "violet", "Before clipping."),
-    ("lr", "Learning rate", "green", ""),
-    ("seconds", "Seconds a step", "orange", ""),
+    ("loss.total", "Step loss", "blue", False),
+    ("gradient_norm", "Gradient norm", "violet", False),
+    ("lr", "Learning rate", "green", True),
+    ("seconds", "Seconds a step", "orange", True),
 )
 
 
@@ -63,31 +64,35 @@ def memory(run: Run) -> Section:
     if not any(stage.epochs for stage in run.stages):
         return pending("memory", title, "no epoch has ended")
     plans = {str(plan.get("stage")): plan for plan in run.plans}
-    chart = EpochChart(
-        "memory",
-        "Memory per epoch",
-        run.stages,
-        [
-            Line("budget", "red", [_flat(stage, plans, "budget_bytes") for stage in run.stages], "dashed"),
-            Line("planned peak", "green", [_flat(stage, plans, "peak") for stage in run.stages], "dashed"),
-            Line("now", "blue", [_memory(stage, "now_bytes") for stage in run.stages]),
-            Line("peak", "orange", [_memory(stage, "peak_bytes") for stage in run.stages]),
-        ],
-        write=bytes_text,
-        from_zero=True,
-        ring=False,
-        caption="Bytes of the whole process: what the budget is compared with.",
-    )
-    figure = chart.figure(wide=True)
+    figure = _memory_chart(run.stages, plans).figure(wide=True)
     rows = tuple(_memory_row(stage, plans.get(stage.name, {})) for stage in run.stages)
     names = ("Stage", "Budget", "Planned peak", "Highest peak seen", "Against the budget", "Against the plan")
     table = Table(tuple(Column(name, number=name != "Stage") for name in names), rows)
     return Section("memory", title, (figure, table) if figure else (table,))
 
 
-def _flat(stage: StageHistory, plans: dict[str, dict[str, Any]], key: str) -> list[float]:
-    plan = plans.get(stage.name, {})
-    value = _planned_peak(plan) if key == "peak" else finite(plan.get(key))
+def _memory_chart(stages: list[StageHistory], plans: dict[str, dict[str, Any]]) -> EpochChart:
+    lines = [
+        Line(
+            "budget", "red", [_level(stage, finite(plans.get(stage.name, {}).get("budget_bytes"))) for stage in stages]
+        ),
+        Line("planned peak", "green", [_level(stage, _planned_peak(plans.get(stage.name, {}))) for stage in stages]),
+        Line("now", "blue", [_memory(stage, "now_bytes") for stage in stages]),
+        Line("peak", "orange", [_memory(stage, "peak_bytes") for stage in stages]),
+    ]
+    largest = max((point for line in lines for point in line.known), default=0)
+    name, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    scaled = [
+        replace(line, line=style, parts=[[point / size for point in part] for part in line.parts])
+        for line, style in zip(lines, ("dashed", "dashed", "solid", "solid"), strict=True)
+    ]
+    caption = "Bytes of the whole process: what the budget is compared with."
+    return EpochChart(
+        "memory", "Memory per epoch", stages, scaled, label=name, caption=caption, from_zero=True, ring=False
+    )
+
+
+def _level(stage: StageHistory, value: float | None) -> list[float]:
     return [as_point(value)] * len(stage.epochs)
 
 
@@ -107,7 +112,9 @@ def _memory_row(stage: StageHistory, plan: dict[str, Any]) -> Row:
     peak = max(known) if known else None
     over = peak is not None and budget is not None and peak > budget
     against = Cell("–", "no peak or no budget") if peak is None or not budget else Cell(share_text(peak / budget))
-    versus = Cell("–", "no peak or no plan") if peak is None or not planned else Cell(f"{peak / planned - 1:+.1%}")
+    versus = (
+        Cell("–", "no peak or no plan") if peak is None or not planned else Cell(f"{(peak / planned - 1) * 100:+.1f} %")
+    )
     return Row(
         (
             Cell(stage.name),
@@ -215,7 +222,7 @@ def _values(stage: StageHistory, part: str, name: str) -> list[float]:
 
 def _steps(stages: list[StageHistory]) -> list[Figure]:
     figures = [
-        step_figure(f"step-{index}", title, stages, series, colour, caption=caption)
-        for index, (series, title, colour, caption) in enumerate(_STEP_CHARTS)
+        step_figure(f"step-{index}", title, stages, series, colour, linear=linear)
+        for index, (series, title, colour, linear) in enumerate(_STEP_CHARTS)
     ]
     return [figure for figure in figures if figure]

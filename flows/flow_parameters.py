@@ -1,0 +1,71 @@
+"""What the flows take. Prefect shows the descriptions in its form; its server refuses what does not match, unrun."""
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from memfit.cli import with_shortcuts
+from memfit.config import RunConfig, load_config
+from memfit.errors import ConfigError
+from memfit.memory.budget import PATTERN as BUDGET_PATTERN
+from memfit.pipeline import Pipeline, open_run
+
+ConfigPath = Annotated[
+    str,
+    Field(
+        pattern=r"\.toml$", description="Path of a TOML config, from the flow run's working directory: configs/x.toml"
+    ),
+]
+Override = Annotated[str, Field(pattern=r"^\s*[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\s*=")]
+Overrides = Annotated[
+    tuple[Override, ...],
+    Field(description="Settings that differ from the config, as key.path=value: stages.0.lr=3e-4"),
+]
+Budget = Annotated[
+    str,
+    Field(
+        pattern=rf"^({BUDGET_PATTERN})?$",
+        description="Memory budget: 14GiB, 80% of the device, or auto (what is free then). Empty: the config's.",
+    ),
+]
+Device = Annotated[
+    str, Field(pattern=r"^(cpu|cuda(:\d+)?)?$", description="cpu, cuda or cuda:n. Empty: the config's device.")
+]
+RunDir = Annotated[
+    str, Field(description="Directory of the run; one that holds the same config goes on. Empty: a new one under runs.")
+]
+Resume = Annotated[bool, Field(description="Go on with the newest unfinished run of the same config, if there is one.")]
+Fresh = Annotated[bool, Field(description="Reuse nothing of earlier runs: prepare, plan and train again.")]
+Runs = Annotated[str, Field(min_length=1, description="Folder where runs are kept.")]
+Store = Annotated[str, Field(min_length=1, description="Folder where prepared data and plans are kept.")]
+
+
+def read_parameters(config: str, overrides: tuple[str, ...], budget: str, device: str) -> RunConfig:
+    """Return the config that a flow's parameters describe. Raises: ConfigError."""
+    return load_config(Path(config), with_shortcuts(list(overrides), budget or None, device or None))
+
+
+def open_directory(config: RunConfig, *, run_dir: str, resume: bool, fresh: bool, runs: str, store: str) -> Pipeline:
+    """Make or find the run's directory, as an absolute path. A flow run that Prefect starts again goes on."""
+    again = (flow_run.run_count or 0) > 1
+    return open_run(
+        config,
+        runs=Path(runs).resolve(),
+        store=Path(store).resolve(),
+        run_dir=Path(run_dir).resolve() if run_dir else None,
+        resume=resume or again,
+        fresh=fresh,
+    )
+
+
+def name_from_config() -> str:
+    """Name a flow run by its config and start, such as `smoke 2026-01-31 02:00:00`."""
+    given = flow_run.parameters
+    try:
+        keys = ("config", "overrides", "budget", "device")
+        name = read_parameters(**{key: given[key] for key in keys}).name
+    except ConfigError:  # the run itself will say what is wrong
+        name = Path(given["config"]).stem
+    return f"{name} {flow_run.scheduled_start_time:%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,68 @@
+"""Content-addressed directories that are whole or absent, and verified before they are used again."""
+
+import fcntl
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memfit.files import fsync_directory, read_json, sha256_file, write_json
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return size and hash of every file of a directory."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+
+
+def is_whole(directory: Path, fingerprint: str) -> bool:
+    """Say whether a directory holds what its manifest says, bit for bit."""
+    try:
+        manifest = read_json(directory / "manifest.json")
+        arrays = manifest["arrays"]
+        return manifest["fingerprint"] == fingerprint and all(
+            (directory / name).stat().st_size == told["bytes"] and sha256_file(directory / name) == told["sha256"]
+            for name, told in arrays.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, so that of two processes one builds and the other finds it built."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def replaced(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of `directory` on success and vanishes on an exception.
+
+    Call it while the directory is owned: what a killed process left behind is removed first.
+    """
+    for left in directory.parent.glob(f".{directory.name}.*.tmp"):
+        shutil.rmtree(left)
+    token = secrets.token_hex(4)
+    temporary = directory.parent / f".{directory.name}.{token}.tmp"
+    old = directory.parent / f".{directory.name}.{token}.old.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_directory(temporary)
+        if directory.exists():
+            directory.rename(old)
+        temporary.rename(directory)
+        fsync_directory(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a directory, with size and hash of its arrays."""
+    write_json(directory / "manifest.json", {**manifest, "arrays": describe_files(directory)})
