@@ -4,6 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: run test check bench clean
 

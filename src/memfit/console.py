@@ -27,7 +27,7 @@ class RunView:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = self._steps_per_epoch = 0
-        self._last_line = 0.0
+        self._last_line = time.monotonic()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event; unknown kinds are not shown."""
@@ -47,9 +47,9 @@ class RunView:
 
     def _progress(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
-        if event["share"] >= 1.0 or now - self._last_line > _QUIET_SECONDS:
+        if now - self._last_line > _QUIET_SECONDS:
             self._last_line = now
-            self.console.print(f"      {event['message']}")
+            self.console.print(f"      {event['message']}, {event['share']:.0%}")
 
     def _probe(self, event: dict[str, Any]) -> None:
         probe = event["probe"]

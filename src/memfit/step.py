@@ -109,7 +109,7 @@ class StepStats:
     losses: dict[str, float]
     gradient_norm: float
     stepped: bool = True
-    """False where the loss scaler found an overflow and skipped the update."""
+    """False where a gradient was not finite (under fp16: the loss scaler overflowed) and the update was skipped."""
     loss_scale: float = 1.0
     num_samples: int = 0
     seconds: float = 0.0
@@ -213,11 +213,22 @@ class TrainingStep:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = float("inf") if self.clip is None else self.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        stepped = self._step_with_scaler() if self.scaler.is_enabled() else self._step_if_finite(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, stepped
+
+    def _step_with_scaler(self) -> bool:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, self.scaler.get_scale() >= scale
+        return self.scaler.get_scale() >= scale
+
+    def _step_if_finite(self, norm: Tensor) -> bool:
+        """Step unless a gradient is not finite: one bad batch must not destroy the weights."""
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        return finite
 
 
 def _inverse(counts: Mapping[str, float] | None, term: str, size: int) -> float:

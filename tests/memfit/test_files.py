@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,9 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 def test_syncs_the_file_before_the_rename_and_the_directory_after(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: order.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
     write_text(tmp_path / "note.txt", "x")
     assert len(order) == 2
     assert order[0].endswith(".tmp")

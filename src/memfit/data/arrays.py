@@ -81,4 +81,5 @@ class Moments:
     @property
     def constant(self) -> NDArray[np.bool_]:
         """Which columns do not vary."""
-        return self.squares == 0
+        same: NDArray[np.bool_] = self.squares == 0
+        return same

@@ -53,8 +53,8 @@ def read_clock(times: NDArray[np.int64], frequency: str) -> Clock:
     assert offset is not None
     name = offset.freqstr if offset.freqstr[0].isdigit() else f"1{offset.freqstr}"
     try:
-        step = int(pd.Timedelta(offset).as_unit("ns").value)
-    except ValueError:
+        step = int(offset.nanos)
+    except ValueError:  # months and business days have no fixed length
         return _uneven_clock(times, offset, name)
     positions, rest = np.divmod(times - start, step)
     _check_on_clock(rest == 0, times, name)

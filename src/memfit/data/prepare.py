@@ -90,7 +90,7 @@ def _build(spec: SeriesSpec, files: Sequence[SourceFile], directory: Path, repor
 def _write_features(
     spec: SeriesSpec, series: ClosedSeries, train_end: int, directory: Path, report: Progress
 ) -> Moments:
-    """Write the features piece by piece; return their moments over the rows before `train_end`."""
+    """Write the features piece by piece; return the moments of those that train targets read."""
     document, back = spec.features.to_dict(), spec.features.lookback - 1
     num_rows, num_features = len(series.values), len(feature_names(document, spec.extra_columns))
     moments = Moments(num_features)
@@ -102,7 +102,9 @@ def _write_features(
                 series.times[seen], series.values[seen], series.extras[seen], spec.threshold, document
             )[start - seen.start :]
             writer.write(features)
-            moments.add(features[max(0, back - start) : max(0, train_end - start)])
+            # The last train target's own feature row is left out: no train target reads it, and an extra
+            # column's gap that begins there may be filled from beyond the border.
+            moments.add(features[max(0, back - start) : max(0, train_end - 1 - start)])
             report("features", 0.1 + 0.85 * stop / num_rows)
     return moments
 

@@ -58,10 +58,14 @@ class PreparedSeries:
             "history": np.array(windows[rows - self.context]),
             "features": np.array(self.features[rows - 1]),
             "target": target,
-            "target_class": classify(target, self.manifest["class_edges"]),
+            "target_class": self.classes(target),
             "exceeds": exceeds(target, self.manifest["threshold"]).astype(np.float32),
             "row": rows.copy(),
         }
+
+    def classes(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the classes of some values: class c holds (edges[c - 1], edges[c]]."""
+        return classify(np.asarray(values, np.float32), self.manifest["class_edges"])
 
     def _open(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
         array: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)

@@ -1,6 +1,7 @@
 """The source of a series: its files found, hashed, read, and checked row by row."""
 
 import importlib.metadata
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,14 @@ def _find_sample(source: SampleSource) -> Path:
 
 
 def hash_files(paths: Sequence[Path]) -> list[SourceFile]:
-    """Hash every file."""
+    """Hash every file. Raises DataError where one cannot be read."""
     hashed = []
     for path in paths:
-        state = path.stat()
-        hashed.append(SourceFile(path, sha256_file(path), state.st_size, state.st_mtime_ns))
+        try:
+            state = path.stat()
+            hashed.append(SourceFile(path, sha256_file(path), state.st_size, state.st_mtime_ns))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}. Check its permissions") from error
     return hashed
 
 
@@ -159,7 +163,7 @@ def _check_table(path: Path, table: Table, names: Sequence[str]) -> None:
 
 
 def _check_order(tables: Sequence[tuple[Path, Table]]) -> None:
-    for (path, table), (next_path, next_table) in zip(tables, tables[1:]):
+    for (path, table), (next_path, next_table) in itertools.pairwise(tables):
         end, start = int(table.times[-1]), int(next_table.times[0])
         if end >= start:
             raise DataError(

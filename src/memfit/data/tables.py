@@ -131,9 +131,11 @@ def _parse_times(array: pa.Array, name: str, place: _Place) -> NDArray[np.int64]
         index = int(np.argmax(stamps.isna()))
         raise DataError(f"{place.row(index)}: no time in column {name!r}; expected one in every row")
     try:
-        return stamps.dt.as_unit("ns").to_numpy(np.dtype("datetime64[ns]")).astype(np.int64)
+        nanoseconds = stamps.dt.as_unit("ns").to_numpy(np.dtype("datetime64[ns]"))
     except pd.errors.OutOfBoundsDatetime as error:
         raise DataError(f"{place.path}: column {name!r} holds {error}; expected 1678 to 2261") from error
+    times: NDArray[np.int64] = nanoseconds.astype(np.int64)
+    return times
 
 
 def _parse_texts(texts: "pd.Series[str]", name: str, place: _Place) -> "pd.Series[pd.Timestamp]":

@@ -17,7 +17,7 @@ from memfit.export import infer
 from memfit.export.directory import replace_directory
 from memfit.export.graph import Graph, export_graph
 from memfit.export.parity import check_parity, run_torch, state_tolerances
-from memfit.export.signature import Array, Signature, bind_samples
+from memfit.export.signature import Array, Signature, bind_samples, documents
 from memfit.files import sha256_file, write_json, write_text
 
 CARD_NAME = "model_card.json"
@@ -61,15 +61,20 @@ def export_bundle(
         say("parity")
         expected = run_torch(module, inputs, outputs, samples)
         stated = state_tolerances(expected, tolerances)
-        parity = check_parity(model, module, inputs=inputs, outputs=outputs, sample_inputs=samples, tolerances=stated)
+        parity = check_parity(
+            model,
+            module,
+            inputs=inputs,
+            outputs=outputs,
+            sample_inputs=samples,
+            expected=expected,
+            tolerances=stated,
+        )
         say("files")
         np.savez(folder / "sample_inputs.npz", allow_pickle=False, **samples)
         np.savez(folder / "expected_outputs.npz", allow_pickle=False, **expected)
         copy_code(folder, support_files, requirements)
-        signature = {
-            "inputs": [spec.document() for spec in inputs],
-            "outputs": [spec.document() for spec in outputs],
-        }
+        signature = {"inputs": documents(inputs), "outputs": documents(outputs)}
         checked = {"signature": signature, "tolerances": stated, "parity": parity}
         written = write_card(folder, card, checked, graph)
         say("check")

@@ -12,8 +12,8 @@ from torch import nn
 
 from memfit.errors import ExportError
 from memfit.export.graph import EXAMPLE_BATCH
-from memfit.export.infer import CPU, MismatchError, compare
-from memfit.export.signature import Array, Signature, named_sizes
+from memfit.export.infer import BATCH_ROWS, CPU, MismatchError, compare, join_batches, split_batch
+from memfit.export.signature import Array, Signature, documents, named_sizes
 
 Tolerances = dict[str, dict[str, float]]
 
@@ -34,17 +34,27 @@ ORT_ERRORS = (
 def run_torch(
     module: nn.Module, inputs: Sequence[Signature], outputs: Sequence[Signature], arrays: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Run the module on numpy inputs and name its outputs. Raises ExportError on NaN or a wrong count."""
+    """Run the module on numpy inputs, a few rows at a time. Raises ExportError on NaN or a wrong count."""
+    parts = [
+        run_torch_batch(module, inputs, outputs, batch) for batch in split_batch(documents(inputs), arrays, BATCH_ROWS)
+    ]
+    named = join_batches(documents(outputs), parts)
+    unfit = [name for name, array in named.items() if array.dtype.kind == "f" and np.isnan(array).any()]
+    if unfit:
+        raise ExportError(f"torch gives NaN in {unfit} on the sample rows; look at the weights and the inputs")
+    return named
+
+
+def run_torch_batch(
+    module: nn.Module, inputs: Sequence[Signature], outputs: Sequence[Signature], arrays: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Run the module once and name its outputs."""
     with torch.no_grad():
         results = module(*(torch.from_numpy(np.array(arrays[spec.name])) for spec in inputs))
     if not isinstance(results, tuple) or len(results) != len(outputs):
         got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
         raise ExportError(f"the module must return a tuple of {[spec.name for spec in outputs]}, got {got}")
-    named = {spec.name: result.numpy() for spec, result in zip(outputs, results, strict=True)}
-    unfit = [name for name, array in named.items() if array.dtype.kind == "f" and np.isnan(array).any()]
-    if unfit:
-        raise ExportError(f"torch gives NaN in {unfit} on the sample rows; look at the weights and the inputs")
-    return named
+    return {spec.name: result.numpy() for spec, result in zip(outputs, results, strict=True)}
 
 
 def state_tolerances(expected: Mapping[str, Array], given: Mapping[str, float] | None) -> Tolerances:
@@ -69,12 +79,12 @@ def largest_magnitude(array: Array) -> float:
 
 
 def parity_sizes(sizes: Mapping[str, int]) -> list[dict[str, int]]:
-    """List the shapes to try: batches of 1, of 3 and of all rows; other named dimensions whole, 3/4 and half."""
+    """List the shapes to try: batches of 1, 3 and up to 8; other named dimensions at 3/4, half and whole."""
     rows = sizes["batch"]
     if rows < MIN_ROWS:
         raise ExportError(f"sample inputs: expected at least {MIN_ROWS} rows, got {rows}; give more real rows")
-    assert EXAMPLE_BATCH not in (1, 3, rows)
-    shares = {1: 0.75, 3: 0.5, rows: 1.0}
+    shares = {1: 0.75, 3: 0.5, min(rows, BATCH_ROWS): 1.0}
+    assert EXAMPLE_BATCH not in shares
     return [
         {dim: batch if dim == "batch" else max(1, round(size * share)) for dim, size in sizes.items()}
         for batch, share in shares.items()
@@ -88,23 +98,40 @@ def check_parity(
     inputs: Sequence[Signature],
     outputs: Sequence[Signature],
     sample_inputs: Mapping[str, Array],
+    expected: Mapping[str, Array],
     tolerances: Tolerances,
 ) -> dict[str, Any]:
-    """Compare the ONNX file with the module on sample rows.
+    """Compare the ONNX file with the module: on all sample rows, and on a few in smaller batches.
 
-    Returns {"provider", "num_rows", "batches": [{"sizes", "outputs": {name: figures}}]}; the figures are
-    `infer.compare`'s. Raises ExportError with the worst figure where an output is beyond its tolerance.
+    expected: `run_torch` of sample_inputs. Returns {"provider", "batches": [{"sizes", "num_rows", "outputs": {name:
+    figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an output is beyond its
+    tolerance.
     """
     session = open_session(path)
-    batches: list[dict[str, Any]] = []
-    for sizes in parity_sizes(named_sizes(inputs, sample_inputs)):
+    *smaller, largest = parity_sizes(named_sizes(inputs, sample_inputs))
+    batches = []
+    for sizes in smaller:
         arrays = {spec.name: spec.resize(sample_inputs[spec.name], sizes) for spec in inputs}
-        expected = run_torch(module, inputs, outputs, arrays)
+        wanted = run_torch(module, inputs, outputs, arrays)
         got = run_session(session, outputs, arrays, sizes)
-        figures = {name: measure(name, expected[name], got[name], tolerances[name], sizes) for name in expected}
-        batches.append({"sizes": sizes, "outputs": figures})
-    num_rows = max(batch["sizes"]["batch"] for batch in batches)
-    return {"provider": session.get_providers()[0], "num_rows": num_rows, "batches": batches}
+        batches.append(measure_all(wanted, got, tolerances, sizes, sizes["batch"]))
+    rows = split_batch(documents(inputs), sample_inputs, largest["batch"])
+    got = join_batches(documents(outputs), [run_session(session, outputs, arrays, largest) for arrays in rows])
+    num_rows = named_sizes(inputs, sample_inputs)["batch"]
+    batches.append(measure_all(expected, got, tolerances, largest, num_rows))
+    return {"provider": session.get_providers()[0], "batches": batches}
+
+
+def measure_all(
+    expected: Mapping[str, Array],
+    got: Mapping[str, Array],
+    tolerances: Tolerances,
+    sizes: Mapping[str, int],
+    num_rows: int,
+) -> dict[str, Any]:
+    """Compare every output at one batch size and return the card's entry."""
+    figures = {name: measure(name, expected[name], got[name], tolerances[name], sizes) for name in expected}
+    return {"sizes": dict(sizes), "num_rows": num_rows, "outputs": figures}
 
 
 def open_session(path: Path) -> Any:

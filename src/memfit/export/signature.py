@@ -39,10 +39,15 @@ class Signature:
         return array[tuple(slice(sizes[d] if isinstance(d, str) else d) for d in self.shape)]
 
 
+def documents(signature: Sequence[Signature]) -> list[dict[str, Any]]:
+    """Return the card's entries."""
+    return [spec.document() for spec in signature]
+
+
 def bind_samples(inputs: Sequence[Signature], samples: Mapping[str, Array]) -> dict[str, Array]:
     """Check sample inputs as the shipped infer.py would, in signature order. Raises ExportError."""
     try:
-        return bind_inputs([spec.document() for spec in inputs], samples)
+        return bind_inputs(documents(inputs), samples)
     except InputError as error:
         raise ExportError(f"sample inputs: {error}") from error
 

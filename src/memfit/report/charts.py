@@ -16,6 +16,7 @@ from memfit.report.units import finite, setting_text
 
 MAX_MARKERS = 40
 MAX_DRAWN = 500
+LARGEST = 1e100
 NAN = float("nan")
 
 
@@ -35,9 +36,9 @@ class Line:
 
 
 def as_point(value: Any) -> float:
-    """Return a figure as a point of a line: NaN where there is none."""
+    """Return a figure as a point of a line: NaN where there is none, or none that an axis could hold."""
     number = finite(value)
-    return NAN if number is None else number
+    return NAN if number is None or abs(number) > LARGEST else number
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,14 @@ def step_figure(
 
     `linear` starts the scale at zero; otherwise it is logarithmic where the values span much.
     """
-    if not any(stage.steps.get(series) and stage.steps[series].buckets for stage in stages):
+    if not any(stage.steps[series].buckets for stage in stages):
         return None
     stretch = Stretch([stage.name for stage in stages], [stage.num_steps for stage in stages])
     drawn: list[float] = []
     banded = False
     with new_plot() as plot:
         for stage, start in zip(stages, stretch.starts, strict=True):
-            thinned = stage.steps.get(series)
-            if thinned is None or not thinned.buckets:
-                continue
+            thinned = stage.steps[series]
             xs = [start + step for step in thinned.steps]
             if thinned.stride > 1:
                 banded = True

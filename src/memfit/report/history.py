@@ -10,6 +10,7 @@ from typing import Any, Self
 from memfit.report.units import finite
 
 MAX_POINTS = 480
+STEP_SERIES = ("loss", "gradient_norm", "lr", "seconds")
 
 
 @dataclass
@@ -19,6 +20,14 @@ class _Bucket:
     count: int
     low: float
     high: float
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+        if value < self.low:
+            self.low = value
+        elif value > self.high:
+            self.high = value
 
     def merge(self, other: Self) -> None:
         self.total += other.total
@@ -44,11 +53,10 @@ class ThinnedSeries:
         if number is None:
             self.num_undefined += 1
             return
-        bucket = _Bucket(step, number, 1, number, number)
         if self.buckets and self.buckets[-1].count < self.stride:
-            self.buckets[-1].merge(bucket)
+            self.buckets[-1].add(number)
             return
-        self.buckets.append(bucket)
+        self.buckets.append(_Bucket(step, number, 1, number, number))
         if len(self.buckets) > MAX_POINTS:
             self._halve()
 
@@ -93,8 +101,8 @@ class StageHistory:
     end: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[dict[str, Any]] = field(default_factory=list)
-    steps: dict[str, ThinnedSeries] = field(default_factory=dict)
-    """`lr`, `gradient_norm`, `seconds` and `loss.<term>`."""
+    steps: dict[str, ThinnedSeries] = field(default_factory=lambda: {name: ThinnedSeries() for name in STEP_SERIES})
+    """`loss`, `gradient_norm`, `lr` and `seconds`."""
     num_steps: int = 0
     num_unreadable: int = 0
 
@@ -138,11 +146,9 @@ class StageHistory:
         step = self.num_steps + 1 if step is None else step
         self.num_steps = max(self.num_steps, int(step))
         losses = event.get("losses")
-        values = {f"loss.{term}": loss for term, loss in losses.items()} if isinstance(losses, dict) else {}
-        for name in ("lr", "gradient_norm", "seconds"):
-            values[name] = event.get(name)
-        for name, value in values.items():
-            self.steps.setdefault(name, ThinnedSeries()).add(step, value)
+        self.steps["loss"].add(step, losses.get("total") if isinstance(losses, dict) else None)
+        for name in STEP_SERIES[1:]:
+            self.steps[name].add(step, event.get(name))
 
     def _rewind(self, event: dict[str, Any]) -> None:
         """Drop what a resumed run did again, so that no step is drawn twice."""

@@ -1,5 +1,6 @@
 """What each score means, how it is written, and which direction is better."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,9 +56,9 @@ def best_of(name: str, values: list[Any]) -> float | None:
     return min(known) if better == "lower" else max(known)
 
 
-def improvement(name: str, model: float, baseline: float) -> float | None:
-    """Return by which share of the baseline the model is better (negative: worse)."""
+def improvement(name: str, model: float, baseline: float) -> float:
+    """Return by which share of the baseline the model is better (negative: worse); infinite beside a perfect 0."""
+    gain = baseline - model if measure(name).better == "lower" else model - baseline
     if baseline == 0:
-        return None
-    gain = (model - baseline) / abs(baseline)
-    return -gain if measure(name).better == "lower" else gain
+        return math.copysign(math.inf, gain) if gain else 0.0
+    return gain / abs(baseline)

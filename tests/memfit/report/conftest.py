@@ -3,11 +3,16 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
+
+from memfit.report import plots
+from memfit.report.page import write_report
 
 GIB = 2**30
 MIB = 2**20
@@ -374,3 +379,82 @@ def write_stage(run_dir: Path) -> Callable[[int, list[dict[str, Any]]], Path]:
 def stage_events() -> Callable[..., list[dict[str, Any]]]:
     """Make one stage's events."""
     return events_of
+
+
+VOID = {"meta", "link"}
+
+
+class Page(HTMLParser):
+    """A parsed page, its tags balanced: elements, text by section, table rows by section."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, str | None]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, str] = {}
+        self.rows: dict[str, list[list[str]]] = {}
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append((tag, attributes.get("id")))
+        if tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        if tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts[self.section] = self.texts.get(self.section, "") + data
+        if {"td", "th"} & {tag for tag, _ in self.open}:
+            self.rows[self.section][-1][-1] += data
+
+    @property
+    def section(self) -> str:
+        for tag, key in self.open:
+            if tag == "section":
+                return key or ""
+            if tag in ("header", "style"):
+                return tag
+        return "page"
+
+    def row(self, section: str, *starts: str) -> list[str]:
+        """The first table row of a section whose first cells begin so."""
+        pairs = ((row, zip(row, starts, strict=False)) for row in self.rows[section])
+        return next(row for row, cells in pairs if all(cell.startswith(start) for cell, start in cells))
+
+
+@pytest.fixture(scope="session")
+def page_of() -> Callable[[Path], Page]:
+    """Write the report of a run directory and parse it."""
+    return lambda run_dir: Page(write_report(run_dir).read_text())
+
+
+@pytest.fixture(scope="session")
+def finished_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with its report, that no test may change."""
+    run_dir = build_run(tmp_path_factory.mktemp("finished"))
+    write_report(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run_dir: Path) -> Page:
+    """The page of a finished run, made once."""
+    return Page((finished_run_dir / "report.html").read_text())
+
+
+@pytest.fixture
+def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the drawing itself, for tests that are not about plots."""
+    monkeypatch.setattr(plots.Plot, "svg", lambda self, name, label: Markup("<svg></svg>"))

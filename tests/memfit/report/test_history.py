@@ -66,7 +66,7 @@ def test_a_resumed_stage_forgets_what_it_did_again():
         step(3, 7.0),
         epoch(2, 3),
     )
-    assert history.steps["loss.total"].means == [5.0, 6.0, 7.0]
+    assert history.steps["loss"].means == [5.0, 6.0, 7.0]
     assert [one["epoch"] for one in history.epochs] == [1, 2]
     assert history.num_steps == 3
     assert len(history.resumes) == 1

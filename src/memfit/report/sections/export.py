@@ -22,7 +22,7 @@ from memfit.report.blocks import (
     text_cell,
 )
 from memfit.report.run_files import Run, mapping, objects
-from memfit.report.units import bytes_text, capitalized, significant, time_text
+from memfit.report.units import bytes_text, capitalized, finite, significant, time_text
 
 _WITH_INFER = """\
 import numpy as np
@@ -110,15 +110,16 @@ def _parity_cells(
 ) -> tuple[Cell, ...]:
     sizes = ", ".join(f"{dimension} {size}" for dimension, size in mapping(batch, "sizes").items())
     allowed = f"{_small(tolerance.get('atol'))} + {_small(tolerance.get('rtol'))} · |torch|"
-    used = measured(figures.get("tolerance_used"), lambda share: f"{significant(share * 100, 2)} %")
-    within = figures.get("within")
+    used = finite(figures.get("tolerance_used"))
+    share = measured(used, lambda share: f"{significant(share * 100, 2)} %")
+    tone = "" if figures.get("within") else "bad"
     return (
         Cell(name, tone="code"),
         Cell(sizes),
         Cell(_small(figures.get("max_absolute"))),
         Cell(_small(figures.get("max_relative"))),
         Cell(allowed),
-        Cell(used.text, used.title, "" if within else "bad", figures.get("tolerance_used") if within else 1.0),
+        Cell(share.text, share.title, tone, used),
     )
 
 

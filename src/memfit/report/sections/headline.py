@@ -1,5 +1,6 @@
 """The top of the page: what ran, how it ended, and how good the result is."""
 
+import math
 from dataclasses import dataclass
 
 from memfit.report.blocks import Cell
@@ -68,11 +69,12 @@ def verdict(run: Run) -> tuple[str, str]:
     name, value = rival
     gain = improvement("mae", error, value)
     theirs = f"{ours}{where}; {name} has {number_text(value)}"
-    if gain is None or abs(gain) < LEVEL:
+    if abs(gain) < LEVEL:
         return f"{theirs}: level with it, so the model adds nothing to the simplest guess.", "warn"
     if gain > 0:
         return f"{theirs}: {_percent(gain)} better.", "good"
-    return f"{theirs}: {_percent(gain)} worse, so the model loses to the simplest guess.", "bad"
+    worse = f"{_percent(gain)} worse, so " if math.isfinite(gain) else ""
+    return f"{theirs}: {worse}the model loses to the simplest guess.", "bad"
 
 
 def _percent(gain: float) -> str:
@@ -161,7 +163,8 @@ def _step(run: Run) -> Tile | None:
 
 def _broken_lines(run: Run) -> list[str]:
     return [
-        f"{stage.num_unreadable} line(s) of stage {stage.name}'s events could not be read and are left out."
+        f"{stage.num_unreadable} line{'s' * (stage.num_unreadable > 1)} of stage {stage.name}'s events could not be"
+        " read and are left out."
         for stage in run.stages
         if stage.num_unreadable
     ]

@@ -31,7 +31,7 @@ _REASONS = {
     "max_steps": "step limit reached",
 }
 _STEP_CHARTS = (
-    ("loss.total", "Step loss", "blue", False),
+    ("loss", "Step loss", "blue", False),
     ("gradient_norm", "Gradient norm", "violet", False),
     ("lr", "Learning rate", "green", True),
     ("seconds", "Seconds a step", "orange", True),
@@ -162,12 +162,11 @@ def _resume_note(stage: StageHistory) -> Note:
 
 
 def _undefined_notes(stages: list[StageHistory]) -> list[Note]:
-    notes = []
-    for stage in stages:
-        odd = {name: series.num_undefined for name, series in stage.steps.items() if series.num_undefined}
-        if "loss.total" in odd:
-            notes.append(Note(f"Stage {stage.name}: {odd['loss.total']} steps had no finite total loss.", "bad"))
-    return notes
+    return [
+        Note(f"Stage {stage.name}: {stage.steps['loss'].num_undefined} steps had no finite total loss.", "bad")
+        for stage in stages
+        if stage.steps["loss"].num_undefined
+    ]
 
 
 def _losses(stages: list[StageHistory]) -> list[Figure]:

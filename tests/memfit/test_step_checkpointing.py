@@ -1,0 +1,105 @@
+"""Activation checkpointing: the same gradients to the last bit, for less memory."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.step import TrainingProgram, TrainingStep, checkpoint_blocks
+
+
+@dataclass(frozen=True)
+class Layout:
+    accumulation_steps: int
+    precision: str
+    checkpointing: str
+    device: str = "cpu"
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Dropout(dropout), nn.Linear(64, 8))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block(dropout) for _ in range(4)])
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.blocks(x)).squeeze(-1)
+
+
+def program(dropout: float) -> TrainingProgram:
+    return TrainingProgram(
+        variants={"only": lambda: Net(dropout)},
+        make_batch=lambda n, _seq_len: batch(n),
+        loss=lambda model, part: ((model(part["x"]) - part["y"]) ** 2).mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        blocks=(Block,),
+    )
+
+
+def batch(n: int = 13):
+    random = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(n, 8, generator=random), "y": torch.randn(n, generator=random)}
+
+
+def trained(checkpointing: str, *, dropout: float, precision: str = "fp32", steps: int = 3):
+    """Train a few steps from one seed; return weights, losses, and the bytes kept for the backward pass."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    torch.manual_seed(5)
+    chosen = program(dropout)
+    model = chosen.build()
+    step = TrainingStep(Layout(4, precision, checkpointing), chosen, model, chosen.optimizer(model))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = [step(batch()).total for _ in range(steps)]
+    return model.state_dict(), losses, sum(kept), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gives_bit_identical_training_for_less_memory(dropout, precision):
+    plain, plain_losses, plain_bytes, plain_random = trained("none", dropout=dropout, precision=precision)
+    weights, losses, kept, random = trained("blocks", dropout=dropout, precision=precision)
+    assert losses == plain_losses
+    assert weights.keys() == plain.keys()
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+    assert torch.equal(random, plain_random)
+    assert kept < plain_bytes / 3
+
+
+def test_recomputes_only_while_training():
+    net, calls = Net(0.0), []
+    net.blocks[0].inner[0].register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_blocks(net, (Block,))
+    net(batch()["x"]).sum().backward()
+    assert len(calls) == 2
+    calls.clear()
+    net.eval()
+    with torch.no_grad():
+        net(batch()["x"])
+    net.eval()(batch()["x"]).sum().backward()
+    assert len(calls) == 2
+
+
+def test_wrapping_twice_changes_nothing_and_names_stay():
+    net, calls = Net(0.0), []
+    names = list(net.state_dict())
+    net.blocks[0].inner[0].register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_blocks(net, (Block,))
+    checkpoint_blocks(net, (Block,))
+    net(batch()["x"]).sum().backward()
+    assert len(calls) == 2
+    assert list(net.state_dict()) == names
