@@ -294,10 +294,10 @@ class Export(Part):
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     """ONNX opset."""
-    atol: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest absolute difference to torch, relative to an output's range where that is above 1."""
-    rtol: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest relative difference to torch."""
+    atol: Annotated[float, Field(gt=0)] | None = None
+    """Largest absolute difference to torch; with neither given, 1e-5 of each output's largest value."""
+    rtol: Annotated[float, Field(gt=0)] | None = None
+    """Largest relative difference to torch; with neither given, 1e-5."""
     samples: Annotated[int, Field(ge=4, le=4096)] = 64
     """Real test rows that parity is checked on and that the bundle carries."""
 

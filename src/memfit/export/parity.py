@@ -103,8 +103,8 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare the ONNX file with the module: on all sample rows, and on a few in smaller batches.
 
-    expected: `run_torch` of sample_inputs. Returns {"provider", "batches": [{"sizes", "num_rows", "outputs": {name:
-    figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an output is beyond its
+    expected: `run_torch` of sample_inputs. Returns {"provider", "num_rows", "batches": [{"sizes", "num_rows", "outputs":
+    {name: figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an output is beyond its
     tolerance.
     """
     session = open_session(path)
@@ -119,7 +119,7 @@ def check_parity(
     got = join_batches(documents(outputs), [run_session(session, outputs, arrays, largest) for arrays in rows])
     num_rows = named_sizes(inputs, sample_inputs)["batch"]
     batches.append(measure_all(expected, got, tolerances, largest, num_rows))
-    return {"provider": session.get_providers()[0], "batches": batches}
+    return {"provider": session.get_providers()[0], "num_rows": num_rows, "batches": batches}
 
 
 def measure_all(

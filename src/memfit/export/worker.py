@@ -33,5 +33,12 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         card={**job["card"], **spec.card},
         support_files=spec.support_files,
         opset=job["opset"],
+        tolerances=_tolerances(job),
         on_progress=lambda phase: emit({"event": "phase", "phase": phase}),
     )
+
+
+def _tolerances(job: dict[str, Any]) -> dict[str, float] | None:
+    """Return the config's tolerances; where it states only one, the other is the strictest."""
+    given = {name: job[name] for name in ("atol", "rtol") if job[name] is not None}
+    return {"atol": 0.0, "rtol": 0.0, **given} if given else None

@@ -162,5 +162,15 @@ def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
         ):
             with contextlib.suppress(OSError, ValueError):  # absent, or the word "max": no limit here
                 limit = int((folder / limit_name).read_text(encoding="ascii"))
-                found.append((limit, int((folder / used_name).read_text(encoding="ascii"))))
+                used = int((folder / used_name).read_text(encoding="ascii"))
+                found.append((limit, max(used - _reclaimable(folder), 0)))
     return min(found)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Read how much of a group's usage is file cache that the kernel gives back before it kills (v2, v1)."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = dict(line.split(" ", 1) for line in lines)
+        return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
+    return 0

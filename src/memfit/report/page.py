@@ -1,9 +1,10 @@
 """One self-contained HTML page from the files of a run directory."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from memfit import __version__
 from memfit.errors import RunStateError
@@ -52,6 +53,12 @@ def write_report(run_dir: Path, *, sections: Sequence[SectionMaker] = SECTIONS) 
 
 def render(run: Run, sections: Sequence[SectionMaker] = SECTIONS) -> str:
     """Return the page of a run as one HTML document."""
+    made = [section for make in sections if (section := make(run)) is not None]
+    return _template().render(top=headline(run), sections=made, version=__version__)
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("memfit.report", "."),
         autoescape=True,
@@ -59,6 +66,4 @@ def render(run: Run, sections: Sequence[SectionMaker] = SECTIONS) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made = [section for make in sections if (section := make(run)) is not None]
-    template = environment.get_template("page.html.j2")
-    return template.render(top=headline(run), sections=made, version=__version__)
+    return environment.get_template("page.html.j2")

@@ -37,15 +37,11 @@ def series_export(export_in_child, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def attention_export(export_in_child, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("attention") / "export"
-    return folder, export_in_child("attention", folder)
-
-
-@pytest.fixture(scope="session")
-def tokens_export(export_in_child, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens") / "export"
-    return folder, export_in_child("tokens", folder)
+def exports(series_export, export_in_child, tmp_path_factory):
+    """Folder and card of every exported net, by name."""
+    folder = tmp_path_factory.mktemp("others")
+    others = {name: (folder / name, card) for name, card in export_in_child("others", folder).items()}
+    return others | {"series": (series_export[0], series_export[1]["card"])}
 
 
 @pytest.fixture

@@ -174,9 +174,11 @@ def main(case, out_dir):
     if case == "series":
         phases = []
         return {"card": export_series(out_dir, on_progress=phases.append), "phases": phases}
-    if case == "attention":
-        return {"card": export_one_input(out_dir, AttentionNet(), [Signature("pooled", ["batch", 16])])}
-    return {"card": export_tokens(out_dir)}
+    pooled = [Signature("pooled", ["batch", 16])]
+    return {
+        "attention": export_one_input(out_dir / "attention", AttentionNet(), pooled),
+        "tokens": export_tokens(out_dir / "tokens"),
+    }
 
 
 def attempt(run, out_dir):

@@ -67,8 +67,8 @@ def test_tolerance_follows_the_unit_of_each_output(series_export):
 
 
 @pytest.mark.parametrize("case", ["series", "attention", "tokens"])
-def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, request):
-    folder, said = request.getfixturevalue(f"{case}_export")
+def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, exports):
+    folder, card = exports[case]
     content = (folder / "model.onnx").read_bytes()
     here = str(Path(__file__).parents[3]).encode()
     for trace in (here, b"/work", b"site-packages", b".py", b"stack_trace", b"pkg.torch", b"exporting_child", b"Net"):
@@ -77,12 +77,12 @@ def test_graph_is_one_dynamic_file_without_traces_of_its_origin(case, request):
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
-    signature = said["card"]["signature"]
-    assert [value.name for value in model.graph.output] == [spec["name"] for spec in signature["outputs"]]
+    names = [spec["name"] for spec in card["signature"]["outputs"]]
+    assert [value.name for value in model.graph.output] == names
 
 
-def test_named_dimensions_besides_the_batch_vary_in_parity(tokens_export):
-    sizes = [batch["sizes"] for batch in tokens_export[1]["card"]["parity"]["batches"]]
+def test_named_dimensions_besides_the_batch_vary_in_parity(exports):
+    sizes = [batch["sizes"] for batch in exports["tokens"][1]["parity"]["batches"]]
     assert sizes == [{"batch": 1, "time": 15}, {"batch": 3, "time": 10}, {"batch": 5, "time": 20}]
 
 

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from markupsafe import Markup
 
-from memfit.report import plots
+from memfit.report import charts, plots, prediction_charts
 from memfit.report.page import write_report
 
 GIB = 2**30
@@ -353,8 +357,13 @@ def build_run(root: Path) -> Path:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return build_run(tmp_path)
+def run_dir(tmp_path: Path, finished_run_dir: Path) -> Path:
+    """A finished run to be changed."""
+    root = finished_run_dir.parents[2]
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    run_dir = tmp_path / finished_run_dir.relative_to(root)
+    write_json(run_dir / "run.json", run_document(tmp_path / "store" / "fedcba9876543210"))
+    return run_dir
 
 
 @pytest.fixture
@@ -455,6 +464,14 @@ def finished(finished_run_dir: Path) -> Page:
 
 
 @pytest.fixture
-def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the drawing itself, for tests that are not about plots."""
+def undrawn_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set plots up and leave the drawing out, for tests of what goes into them."""
     monkeypatch.setattr(plots.Plot, "svg", lambda self, name, label: Markup("<svg></svg>"))
+
+
+@pytest.fixture
+def fast_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave plots out altogether, for tests that are not about them."""
+    plot = SimpleNamespace(axes=MagicMock(), width=330.0, svg=lambda name, label: Markup("<svg></svg>"))
+    for module in (charts, prediction_charts):
+        monkeypatch.setattr(module, "new_plot", lambda *size: nullcontext(plot))

@@ -22,14 +22,14 @@ def test_a_missing_part_is_not_yet_there(run_dir, page_of, fast_plots, part):
     assert "Not yet" in "".join(page_of(run_dir).texts.values())
 
 
-def test_an_empty_directory_gives_a_page_of_things_to_come(tmp_path, page_of):
+def test_an_empty_directory_gives_a_page_of_things_to_come(tmp_path, page_of, fast_plots):
     page = page_of(tmp_path)
     assert "No result yet" in page.texts["header"]
     for make in SECTIONS:
         assert "Not yet" in page.texts[make.__name__]
 
 
-def test_a_run_that_only_planned_shows_its_plan(run_dir, edit_json, page_of):
+def test_a_run_that_only_planned_shows_its_plan(run_dir, edit_json, page_of, fast_plots):
     for part in ("stages", "export"):
         shutil.rmtree(run_dir / part)
     for part in ("evaluation.json", "predictions.npz"):
@@ -52,7 +52,7 @@ def test_the_report_step_itself_may_still_be_running(run_dir, edit_json, page_of
     assert "complete" in page_of(run_dir).texts["header"]
 
 
-def test_a_stage_under_way_shows_what_it_has(run_dir, write_stage, stage_events, page_of):
+def test_a_stage_under_way_shows_what_it_has(run_dir, write_stage, stage_events, page_of, fast_plots):
     shutil.rmtree(run_dir / "stages" / "3-fine")
     events = stage_events(1, epochs=3, ended=False)
     events[0]["epochs"] = 8
@@ -122,10 +122,10 @@ def test_very_few_predictions_are_drawn(run_dir, page_of, num_rows):
     assert "Prediction over truth" in page_of(run_dir).texts["predictions"]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("damage", ["null", "drop", "swap"])
 def test_no_missing_or_odd_value_keeps_the_page_from_being_written(
-    run_dir, edit_json, page_of, fast_plots, seed, damage
+    run_dir, edit_json, page_of, undrawn_plots, seed, damage
 ):
     """A quarter of all values are null, absent or of another type."""
     chance = random.Random(seed)

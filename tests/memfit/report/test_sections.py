@@ -95,7 +95,7 @@ def test_the_training_shows_how_each_stage_ended(finished):
         assert chart in finished.texts["training"]
 
 
-def test_steps_without_a_finite_loss_are_reported(run_dir, write_stage, stage_events, page_of):
+def test_steps_without_a_finite_loss_are_reported(run_dir, write_stage, stage_events, page_of, fast_plots):
     events = stage_events(0)
     for event in events[3:5]:
         event["losses"]["total"] = float("nan")
@@ -109,7 +109,7 @@ def test_memory_is_set_against_budget_and_plan(finished):
         assert line in finished.texts["memory"]
 
 
-def test_a_peak_above_the_budget_stands_out(run_dir, edit_json, page_of):
+def test_a_peak_above_the_budget_stands_out(run_dir, edit_json, page_of, fast_plots):
     edit_json(run_dir / "plan.json", lambda it: it["stages"][0].update(budget_bytes=2**30))
     page = page_of(run_dir)
     assert page.row("memory", "coarse")[4] == "158.9 %"
