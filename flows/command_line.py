@@ -13,7 +13,7 @@ from prefect.exceptions import ParameterTypeError
 from flows.flow_parameters import read_parameters
 from memfit import cli
 from memfit.console import show_summary, stderr_console
-from memfit.errors import ConfigError, MemfitError
+from memfit.errors import ConfigError, MemfitError, Resumable
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config.")]
 
@@ -29,9 +29,6 @@ def run_from_command_line(flow: Flow[..., dict[str, Any]]) -> None:
     except MemfitError as error:
         typer.echo(f"memfit: {type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        typer.echo("memfit: stopped; go on with --resume", err=True)
-        sys.exit(75)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -80,6 +77,9 @@ def _run(flow: Flow[..., dict[str, Any]], parameters: dict[str, Any]) -> dict[st
         flow.validate_parameters(parameters)
     except ParameterTypeError as error:
         raise ConfigError(str(error)) from None
-    with tags(config.name):
-        summary: dict[str, Any] = flow(**parameters)
+    try:
+        with tags(config.name):
+            summary: dict[str, Any] = flow(**parameters)
+    except KeyboardInterrupt:
+        raise Resumable("stopped on request. Go on with --resume.") from None
     return summary

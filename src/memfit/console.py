@@ -54,7 +54,7 @@ class RunView:
     def _probe(self, event: dict[str, Any]) -> None:
         probe = event["probe"]
         peak = f"{probe['peak_bytes'] / MIB:,.0f} MiB" if probe["peak_bytes"] else "-"
-        rate = f"{probe['samples_per_second']:,.0f} samples/s" if probe["samples_per_second"] else "-"
+        rate = f"{_rate(probe['samples_per_second'])} samples/s" if probe["samples_per_second"] else "-"
         kind = "confirm" if probe["verifying"] else "probe"
         self.console.print(
             f"      {event['stage']}: {kind} micro {probe['micro_batch_size']} x {probe['accumulation_steps']}, "
@@ -96,7 +96,7 @@ class RunView:
         self.console.print(
             f"      epoch {event['epoch']}/{self._epochs or '?'}: train {event['train']['total']:.4f}, "
             f"validation {validation['total']:.4f}{mae}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
-            f"{event['samples_per_second']:,.0f} samples/s{eta}{' (best)' if event['best'] else ''}"
+            f"{_rate(event['samples_per_second'])} samples/s{eta}{' (best)' if event['best'] else ''}"
         )
 
     def _stage_end(self, event: dict[str, Any]) -> None:
@@ -110,6 +110,12 @@ class RunView:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _rate(samples_per_second: float | None) -> str:
+    if samples_per_second is None:
+        return "-"
+    return f"{samples_per_second:,.0f}" if samples_per_second >= 10 else f"{samples_per_second:.2g}"
 
 
 def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:
@@ -128,7 +134,7 @@ def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:
             str(plan["variant"]),
             f"{(plan['measured_peak_bytes'] or 0) / MIB:,.0f} MiB",
             f"{plan['budget_bytes'] / MIB:,.0f} MiB",
-            f"{plan['samples_per_second'] or 0:,.0f}",
+            _rate(plan["samples_per_second"]),
         )
     console.print(table)
 

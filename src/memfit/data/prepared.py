@@ -39,9 +39,9 @@ class PreparedSeries:
         return int(border["stop"]) - int(border["start"])
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Return the target rows of a split, int64 [n], in order of time."""
+        """Return the target rows of a split, int64 [n], in order of time; a read-only view."""
         border = self._border(split)
-        return np.array(self.targets[border["start"] : border["stop"]])
+        return np.asarray(self.targets[border["start"] : border["stop"]])
 
     def batch(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Cut the windows of some target rows, in any order, in the user's units.

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-import pandas as pd
-
 from memfit.data.features import feature_names, lookback
 from memfit.errors import ConfigError
 
@@ -150,6 +148,8 @@ class SeriesSpec:
     def _check_frequency(self) -> None:
         if self.frequency in ("auto", "irregular"):
             return
+        import pandas as pd  # 60 MiB and a second that a training process, which only reads arrays, need not pay
+
         try:
             offset = pd.tseries.frequencies.to_offset(self.frequency)
         except ValueError as error:

@@ -45,7 +45,7 @@ def export_bundle(
 
     module: takes the inputs positionally in signature order, in the user's units, and returns a tuple in the
     outputs' order; it is put into eval mode and on the CPU. sample_inputs: at least 4 real rows. tolerances:
-    {"atol", "rtol"} for every output, or None (see `state_tolerances`). card: "name" and all else the caller knows
+    {"atol", "rtol"} or None, see `state_tolerances`. card: "name" and all else the caller knows
     (metrics, hashes, plan, "series"...). support_files: name in the bundle -> file to copy. requirements: further
     lines. on_progress: called with the phase. Call it in a fresh child process (see `export_graph`). Raises
     ExportError, and `out_dir` is then as it was.

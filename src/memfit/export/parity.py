@@ -60,7 +60,7 @@ def run_torch_batch(
 def state_tolerances(expected: Mapping[str, Array], given: Mapping[str, float] | None) -> Tolerances:
     """Return {"atol", "rtol"} per output.
 
-    given: {"atol", "rtol"} for all outputs, in their units. Without it rtol is 1e-5 and atol 1e-5 of the output's
+    given: {"atol", "rtol"} for all outputs, atol in their units. Without it rtol is 1e-5 and atol 1e-5 of the output's
     largest finite magnitude over the sample rows: rounding grows with the scale of the user's unit.
     """
     if given is not None:
@@ -103,9 +103,9 @@ def check_parity(
 ) -> dict[str, Any]:
     """Compare the ONNX file with the module: on all sample rows, and on a few in smaller batches.
 
-    expected: `run_torch` of sample_inputs. Returns {"provider", "num_rows", "batches": [{"sizes", "num_rows", "outputs":
-    {name: figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an output is beyond its
-    tolerance.
+    expected: `run_torch` of sample_inputs. Returns {"provider", "num_rows", "batches": [{"sizes", "num_rows",
+    "outputs": {name: figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an
+    output is beyond its tolerance.
     """
     session = open_session(path)
     *smaller, largest = parity_sizes(named_sizes(inputs, sample_inputs))

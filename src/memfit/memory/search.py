@@ -45,7 +45,7 @@ def sweep(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int) -> I
 def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], budget_bytes: int) -> bool:
     """Tell whether memory, not speed, is what ends a climb here."""
     if not probes or probes[-1].outcome != "fits":
-        return True
+        return not probes or probes[-1].outcome in ("oom", "over_budget")  # a timeout is not about memory
     return len(probes) < len(ladder) and _next_peak(probes, ladder[len(probes)]) > budget_bytes
 
 

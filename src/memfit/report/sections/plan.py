@@ -81,6 +81,8 @@ def _levers_sentence(stages: list[dict[str, Any]]) -> str:
         return "To fit, a lossy lever was pulled, which changes what is learned; see which below."
     if "numerics" in used:
         return "Nothing lossy was done to fit; levers that change rounding were pulled, as the config allows."
+    if not used:
+        return "It fits without pulling a lever."
     return "Only exact levers were pulled to fit: they change nothing in the result."
 
 

@@ -1,13 +1,12 @@
 """Predictions against truth: a time line, a scatter, the errors, and who is taken for what."""
 
-from itertools import pairwise
-
 import numpy as np
 
 from memfit.report.blocks import Block, Cell, Column, Figure, Gallery, Heading, Note, Row, Section, Table, pending
+from memfit.report.class_names import class_names
 from memfit.report.prediction_charts import Arrays, errors, probabilities, scatter, time_line
 from memfit.report.run_files import Run
-from memfit.report.units import count_text, finite, setting_text
+from memfit.report.units import count_text, finite
 
 MAX_CLASSES = 20
 
@@ -35,36 +34,27 @@ def predictions(run: Run) -> Section:
 
 
 def _confusion(arrays: Arrays, run: Run) -> Table | None:
-    """Count each true class's predictions; the shade is the share of its row."""
+    """Count each true class's predictions; the bars are shares of the row."""
     if not {"class", "class_truth"} <= set(arrays):
         return None
     truth, predicted = arrays["class_truth"].astype(int), arrays["class"].astype(int)
-    num_classes = int(max(truth.max(), predicted.max())) + 1
-    if num_classes > MAX_CLASSES or min(truth.min(), predicted.min()) < 0:
+    names = class_names(run, int(max(truth.max(), predicted.max())) + 1)
+    if len(names) > MAX_CLASSES or min(truth.min(), predicted.min()) < 0:
         return None
-    counts = np.zeros((num_classes, num_classes), dtype=int)
+    counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (truth, predicted), 1)
-    names = _class_names(run, num_classes)
     columns = (Column("truth"), *(Column(name, number=True) for name in names), Column("rows", number=True))
-    rows = []
-    for index, line in enumerate(counts):
-        total = int(line.sum())
-        cells = [
-            Cell(count_text(count), "right" if index == other else "", "best" if index == other else "", count / total)
-            if total
-            else Cell("0")
-            for other, count in enumerate(line.tolist())
-        ]
-        rows.append(Row((Cell(names[index]), *cells, Cell(count_text(total), tone="muted"))))
-    return Table(columns, tuple(rows))
+    return Table(columns, tuple(_class_row(name, index, counts[index].tolist()) for index, name in enumerate(names)))
 
 
-def _class_names(run: Run, num_classes: int) -> list[str]:
-    """Name classes by their bounds where the manifest holds them."""
-    recorded = run.manifest.get("class_edges")
-    edges = [edge for edge in map(finite, recorded if isinstance(recorded, list) else []) if edge is not None]
-    if len(edges) != num_classes - 1 or not edges:
-        return [f"class {index}" for index in range(num_classes)]
-    texts = [setting_text(edge) for edge in edges]
-    between = [f"{low} – {high}" for low, high in pairwise(texts)]
-    return [f"up to {texts[0]}", *between, f"above {texts[-1]}"]
+def _class_row(name: str, index: int, counts: list[int]) -> Row:
+    total = sum(counts)
+    cells = [
+        Cell(
+            count_text(count),
+            tone=("best" if other == index else "off") if count else "muted",
+            bar=count / (total or 1),
+        )
+        for other, count in enumerate(counts)
+    ]
+    return Row((Cell(name), *cells, Cell(count_text(total), tone="muted")))

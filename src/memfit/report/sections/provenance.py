@@ -56,7 +56,7 @@ def environment(run: Run) -> Section:
         return pending("environment", title, "run.json has not been written")
     pairs: list[tuple[str, Cell]] = [
         ("memfit", text_cell(run.info.get("memfit_version"))),
-        ("Code version", text_cell(run.info.get("code_version"))),
+        ("Code version", _plain(run.info.get("code_version"))),
     ]
     for key, value in mapping(run.info, "environment").items():
         name = capitalized(key.removesuffix("_bytes").removeprefix("num_"))
