@@ -19,6 +19,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+MONITORS = {
+    "series": ("total", "value", "class", "exceeds", "mae", "rmse", "r2", "class_accuracy", "class_f1")
+    + ("exceeds_accuracy", "below_accuracy", "above_accuracy", "precision", "recall", "loss_risk")
+}
+"""What a stage may monitor, by workload: its loss terms, their total, and its metrics."""
 _RISING = re.compile(r"(accuracy|f1|r2|precision|recall)$")
 
 
@@ -327,6 +332,10 @@ class RunConfig(Part):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: expected each name once, got {names}")
+        for index, stage in enumerate(self.stages):
+            if stage.monitor not in MONITORS[self.workload]:
+                known_monitors = ", ".join(MONITORS[self.workload])
+                raise ValueError(f"stages.{index}.monitor: expected one of {known_monitors}, got {stage.monitor!r}")
         known = self.model.all_variants()
         if missing := [name for name in self.plan.variants if name not in known]:
             raise ValueError(f"plan.variants: {missing} are not among the model's variants {list(known)}")

@@ -86,16 +86,16 @@ class RunView:
 
     def _step(self, event: dict[str, Any]) -> None:
         if self._bar is not None and self._task is not None:
-            loss = event["losses"]["total"]
-            self._bar.update(self._task, completed=event["step"], description=f"loss {loss:.4f}")
+            loss = _figure(event["losses"]["total"])
+            self._bar.update(self._task, completed=event["step"], description=f"loss {loss}")
 
     def _epoch(self, event: dict[str, Any]) -> None:
         validation = event["validation"]
         mae = f", mae {validation['mae']:.3f}" if validation.get("mae") is not None else ""
         eta = f", about {event['eta_seconds']:.0f} s left" if event["eta_seconds"] else ""
         self.console.print(
-            f"      epoch {event['epoch']}/{self._epochs or '?'}: train {event['train']['total']:.4f}, "
-            f"validation {validation['total']:.4f}{mae}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
+            f"      epoch {event['epoch']}/{self._epochs or '?'}: train {_figure(event['train']['total'])}, "
+            f"validation {_figure(validation['total'])}{mae}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
             f"{_rate(event['samples_per_second'])} samples/s{eta}{' (best)' if event['best'] else ''}"
         )
 
@@ -116,6 +116,10 @@ def _rate(samples_per_second: float | None) -> str:
     if samples_per_second is None:
         return "-"
     return f"{samples_per_second:,.0f}" if samples_per_second >= 10 else f"{samples_per_second:.2g}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:

@@ -190,14 +190,24 @@ class Pipeline:
         failure: DoesNotFitError | None = None
         for variant in self._variants:
             try:
-                pairs = [self._stage_plan(stage, variant) for stage in self.config.stages]
+                pairs: list[tuple[Plan, bool]] = []
+                for stage in self.config.stages:
+                    pairs.append(self._stage_plan(stage, variant, self._known([plan for plan, _ in pairs], stage)))
                 return [plan for plan, _ in pairs], [reused for _, reused in pairs]
             except DoesNotFitError as error:
                 failure = error
         assert failure is not None
         raise failure
 
-    def _stage_plan(self, stage: Stage, variant: str) -> tuple[Plan, bool]:
+    def _known(self, plans: list[Plan], stage: Stage) -> list[Probe]:
+        """Return what was measured for the first stage that takes as much memory and time per micro-step."""
+        for before, plan in zip(self.config.stages, plans, strict=False):
+            same = all(getattr(before, name) == getattr(stage, name) for name in ("optimizer", "loss", "train", "clip"))
+            if same and before.global_batch_size >= stage.global_batch_size:
+                return list(plan.probes)
+        return []
+
+    def _stage_plan(self, stage: Stage, variant: str, known: list[Probe]) -> tuple[Plan, bool]:
         key = self._plan_key(stage, variant)
         stored = self.store / "plans" / f"{key}.json"
         if stored.exists() and not self.fresh:
@@ -221,6 +231,7 @@ class Pipeline:
             fingerprint=key,
             clip=stage.clip or None,
             deadline_seconds=settings.deadline_seconds,
+            known=known,
             log=self._log("plan"),
         )
         plan = plan_stage(request, lambda probe: self._on_probe(stage.name, probe))

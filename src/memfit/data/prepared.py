@@ -1,5 +1,6 @@
 """A prepared series, memory-mapped: windows are cut when a batch is made."""
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from numpy.typing import NDArray
 from memfit.data.splits import SPLITS, classify, exceeds
 from memfit.errors import DataError
 from memfit.files import read_json
+
+
+RESIDENT_BYTES = 32 << 20
+"""Larger arrays give their mapped pages back after every batch: a budget counts them, though a file backs them."""
 
 
 class PreparedSeries:
@@ -54,7 +59,7 @@ class PreparedSeries:
         self._check_targets(rows)
         windows = np.lib.stride_tricks.sliding_window_view(self.values, self.context)
         target = np.array(self.values[rows])
-        return {
+        batch = {
             "history": np.array(windows[rows - self.context]),
             "features": np.array(self.features[rows - 1]),
             "target": target,
@@ -62,6 +67,9 @@ class PreparedSeries:
             "exceeds": exceeds(target, self.manifest["threshold"]).astype(np.float32),
             "row": rows.copy(),
         }
+        for array in (self.values, self.features, self.targets):
+            _give_pages_back(array)
+        return batch
 
     def classes(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the classes of some values: class c holds (edges[c - 1], edges[c]]."""
@@ -97,3 +105,10 @@ class PreparedSeries:
 
     def _broken(self, reason: str) -> DataError:
         return DataError(f"{self.path} is no whole prepared series: {reason}. Prepare it again")
+
+
+def _give_pages_back(array: NDArray[Any]) -> None:
+    """Unmap what was touched; the kernel's page cache keeps it, so the next touch costs a minor fault."""
+    mapped = array.base
+    if array.nbytes > RESIDENT_BYTES and isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED)

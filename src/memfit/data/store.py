@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memfit.files import fsync_directory, read_json, sha256_file, write_json
+from memfit.files import fingerprint, fsync_directory, read_json, sha256_file, write_json
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -17,14 +17,15 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
 
 
-def is_whole(directory: Path, fingerprint: str) -> bool:
-    """Say whether a directory holds what its manifest says, bit for bit."""
+def is_whole(directory: Path, name: str) -> bool:
+    """Say whether a directory goes by that name and holds what its manifest says, bit for bit."""
     try:
         manifest = read_json(directory / "manifest.json")
-        arrays = manifest["arrays"]
-        return manifest["fingerprint"] == fingerprint and all(
-            (directory / name).stat().st_size == told["bytes"] and sha256_file(directory / name) == told["sha256"]
-            for name, told in arrays.items()
+        checksum, arrays = manifest.pop("checksum"), manifest["arrays"]
+        unharmed = checksum == fingerprint(manifest) and manifest["fingerprint"] == name
+        return unharmed and all(
+            (directory / file).stat().st_size == told["bytes"] and sha256_file(directory / file) == told["sha256"]
+            for file, told in arrays.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -64,5 +65,6 @@ def replaced(directory: Path) -> Iterator[Path]:
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a directory, with size and hash of its arrays."""
-    write_json(directory / "manifest.json", {**manifest, "arrays": describe_files(directory)})
+    """Write the manifest of a directory, with size and hash of its arrays and a checksum of its own."""
+    whole = {**manifest, "arrays": describe_files(directory)}
+    write_json(directory / "manifest.json", {**whole, "checksum": fingerprint(whole)})

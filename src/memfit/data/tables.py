@@ -156,12 +156,11 @@ def _parse_numbers(array: pa.Array, name: str, place: _Place) -> NDArray[np.floa
     if pa.types.is_null(kind):
         return np.full(len(array), np.nan)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        numbers: NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        return numbers
+        return np.asarray(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"{place.path}: column {name!r} has the type {kind}; expected numbers")
     texts = array.to_pandas().astype("str")
-    parsed = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
+    parsed: NDArray[np.float64] = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
     missing = texts.isna() | texts.str.strip().str.lower().isin(MISSING)
     bad = np.isnan(parsed) & ~missing.to_numpy(np.bool_)
     if bad.any():

@@ -1,7 +1,7 @@
 """A Plan: how one stage's training fits into its budget, and the evidence."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from memfit.errors import RunStateError
@@ -32,11 +32,27 @@ class Probe:
     peak_bytes: int | None = None
     step_seconds: float | None = None
     samples_per_second: float | None = None
+    micro_seconds: float | None = None
+    """Of one micro-step: forward and backward."""
+    update_seconds: float | None = None
+    """Of one update; a step takes accumulation_steps x micro_seconds + update_seconds."""
     phase: str | None = None
     """What the child was doing when it ended, where it did not fit."""
     verifying: bool = False
     """True for the fresh child that confirmed the chosen candidate."""
     message: str = ""
+
+    def at(self, candidate: Candidate, global_batch_size: int) -> "Probe":
+        """Return what this probe says of a layout that differs in its accumulation steps alone."""
+        if self.micro_seconds is None or self.update_seconds is None:
+            return replace(self, accumulation_steps=candidate.accumulation_steps)
+        seconds = self.micro_seconds * candidate.accumulation_steps + self.update_seconds
+        return replace(
+            self,
+            accumulation_steps=candidate.accumulation_steps,
+            step_seconds=seconds,
+            samples_per_second=global_batch_size / seconds,
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class PlanRequest:
     clip: float | None = None
     min_micro_batch_size: int = 1
     deadline_seconds: float = 300.0
+    known: Sequence[Probe] = ()
+    """What ladders of the same program said for another global batch; those are not climbed again."""
     log: Path
 
 
@@ -65,12 +67,26 @@ def _climb(request: PlanRequest, tried: list[Probe], on_probe: OnProbe) -> list[
                 variant=request.variant,
                 min_micro_batch_size=request.min_micro_batch_size,
             )
-            probes = _run(request, ladder, False, on_probe)
+            probes = _known(request, ladder) or _run(request, ladder, False, on_probe)
             tried.extend(probes)
             found.extend(probes)
             if not memory_bound(probes, ladder, int(request.budget_bytes * (1 - HEADROOM))):
                 break
     return found
+
+
+def _known(request: PlanRequest, ladder: Sequence[Candidate]) -> list[Probe]:
+    """Take over an earlier climb of this ladder: only the number of accumulation steps differs."""
+    rungs = {candidate.micro_batch_size: candidate for candidate in ladder}
+    first = ladder[0]
+    return [
+        probe.at(rungs[probe.micro_batch_size], request.global_batch_size)
+        for probe in request.known
+        if not probe.verifying
+        and probe.micro_batch_size in rungs
+        and (probe.precision, probe.checkpointing, probe.variant)
+        == (first.precision, first.checkpointing, first.variant)
+    ]
 
 
 def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_probe: OnProbe) -> list[Probe]:

@@ -89,7 +89,7 @@ class Prober:
         budget.reset_peak(self.device)
         message = ""
         try:
-            seconds = self._phases(candidate, model, optimizer, warm_up)
+            micro_seconds, update_seconds = self._phases(candidate, model, optimizer, warm_up)
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -98,16 +98,18 @@ class Prober:
             return Probe(**asdict(candidate), outcome="oom", message=message)
         peak = budget.peak_bytes(self.device)
         fits = peak <= self.budget_bytes * (1 - HEADROOM)
-        rate = self.global_batch_size / seconds
-        return Probe(
+        probe = Probe(
             **asdict(candidate),
             outcome="fits" if fits else "over_budget",
             peak_bytes=peak,
-            step_seconds=seconds,
-            samples_per_second=rate,
+            micro_seconds=micro_seconds,
+            update_seconds=update_seconds,
         )
+        return probe.at(candidate, self.global_batch_size)
 
-    def _phases(self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer, warm_up: bool) -> float:
+    def _phases(
+        self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer, warm_up: bool
+    ) -> tuple[float, float]:
         """Run a step, an evaluation batch and a checkpoint write; return seconds per full global step."""
         micro_steps = min(2, candidate.accumulation_steps)  # two, so that gradients and activations coexist
         layout = _ProbeLayout(micro_steps, candidate.precision, candidate.checkpointing, self.device)
@@ -116,7 +118,7 @@ class Prober:
         self._phase("train_step")
         if warm_up:
             step(batch)
-        micro_seconds, update_seconds = self._time(step, batch, micro_steps)
+        seconds = self._time(step, batch, micro_steps)
         if self.program.evaluate is not None:
             self._phase("evaluate")
             size = evaluation_batch_size(candidate, self.global_batch_size)
@@ -125,7 +127,7 @@ class Prober:
             self._phase("save")
             with tempfile.TemporaryDirectory() as folder:
                 self.program.save(model, optimizer, Path(folder))
-        return micro_seconds * candidate.accumulation_steps + update_seconds
+        return seconds
 
     def _batch(self, size: int) -> Batch:
         batch = self.program.make_batch(size, None)

@@ -4,6 +4,7 @@ A checkpoint is a folder `step-N`; `last` and `best` are links to such folders, 
 """
 
 import os
+import pickle
 import secrets
 import shutil
 import warnings
@@ -20,6 +21,11 @@ from memfit.errors import CheckpointError
 from memfit.files import fsync_directory, read_json, sha256_file, write_json
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What readers raise at files that are missing, torn, or hold code."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ def save_checkpoint(
         write_payload(temporary, model, state)
         hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)}
         write_json(temporary / RECORD, {**record, "sha256": hashes})
-        if target.exists():
-            shutil.rmtree(target)  # the same step again, after a resume
+        if target.exists():  # the same step again, after a resume: out of the way first, so that no kill leaves half
+            target.rename(checkpoints / f".{target.name}.{secrets.token_hex(4)}.old.tmp")
         temporary.rename(target)
         fsync_directory(checkpoints)
     finally:
@@ -75,9 +81,9 @@ def point(link: Path, target: str) -> None:
 
 
 def prune(checkpoints: Path) -> None:
-    """Remove the steps that no link points at."""
+    """Remove the steps that no link points at, and what a killed write left behind."""
     kept = {link.resolve().name for link in checkpoints.iterdir() if link.is_symlink()}
-    for folder in checkpoints.glob("step-*"):
+    for folder in (*checkpoints.glob("step-*"), *checkpoints.glob(".step-*.tmp")):
         if folder.name not in kept:
             shutil.rmtree(folder)
 
@@ -96,9 +102,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 )
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         return Checkpoint(load_file(folder / WEIGHTS), state, record)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({type(error).__name__}: {error}).") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from memfit.errors import MemfitError, Resumable
+from memfit.errors import ConfigError, MemfitError, Resumable
 from memfit.memory import budget
 from memfit.memory.plan import Plan
 from memfit.process import stop_requested
@@ -56,10 +56,10 @@ class StageLoop:
         return reason
 
     def _finished(self) -> str | None:
-        if self.progress.epoch >= self.stage["epochs"]:
-            return "epochs"
         if self._at_max_steps() and not self.progress.batch:
             return "max_steps"
+        if self.progress.epoch >= self.stage["epochs"]:
+            return "epochs"
         patience = self.stage["patience"]
         if patience and self.progress.epochs_since_best >= patience:
             return "early_stopping"
@@ -85,7 +85,8 @@ class StageLoop:
 
     def _train(self, indices: np.ndarray) -> None:
         stats = self.step(self.workload.batch("train", indices))
-        self.schedule.after_step()
+        if stats.stepped:
+            self.schedule.after_step()
         progress = self.progress
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
         progress.samples += stats.num_samples
@@ -104,7 +105,8 @@ class StageLoop:
         self._check_numbers(stats, indices)
 
     def _check_numbers(self, stats: StepStats, indices: np.ndarray) -> None:
-        scaled_away = self.plan.precision == "fp16" and math.isfinite(stats.total)  # the loss scaler's business
+        # An overflow is the loss scaler's business, until scaling down did not help.
+        scaled_away = self.plan.precision == "fp16" and math.isfinite(stats.total) and stats.loss_scale >= 1
         bad = not (math.isfinite(stats.total) and math.isfinite(stats.gradient_norm))
         self._bad_steps = self._bad_steps + 1 if bad and not scaled_away else 0
         if self._bad_steps >= MAX_BAD_STEPS:
@@ -129,7 +131,7 @@ class StageLoop:
         lr = self._lr()
         train = {term: value / max(progress.samples, 1) for term, value in progress.sums.items()}
         validation = self._validate()
-        monitored = validation.get(self.stage["monitor"])
+        monitored = self._monitored(validation)
         best = progress.improves(monitored, self.stage["monitor_mode"])
         progress.epoch, progress.batch, progress.sums, progress.samples = progress.epoch + 1, 0, {}, 0
         progress.epochs_since_best = 0 if best else progress.epochs_since_best + 1
@@ -152,6 +154,14 @@ class StageLoop:
             best=best,
         )
         self._save(("last", "best") if best or progress.best_epoch == 0 else ("last",))
+
+    def _monitored(self, validation: Mapping[str, float | None]) -> float | None:
+        if self.stage["monitor"] not in validation:
+            raise ConfigError(
+                f"stage {self.stage['name']!r}: monitor: expected one of {', '.join(validation)}, "
+                f"got {self.stage['monitor']!r}."
+            )
+        return validation[self.stage["monitor"]]
 
     def _validate(self) -> dict[str, float | None]:
         losses, predictions = evaluate_split(

@@ -1,5 +1,6 @@
 """The state of a stage's training: everything that a resumed run must find again."""
 
+import math
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,8 +35,8 @@ class Progress:
     """Samples of the epoch under way."""
 
     def improves(self, value: float | None, mode: str) -> bool:
-        """Tell whether a monitored value is the best so far; an undefined one never is."""
-        if value is None:
+        """Tell whether a monitored value is the best so far; one that is undefined or not a number never is."""
+        if value is None or math.isnan(value):
             return False
         return self.best_value is None or (value < self.best_value if mode == "min" else value > self.best_value)
 

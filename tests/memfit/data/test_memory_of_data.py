@@ -1,6 +1,7 @@
 """Peak memory grows with the rows of the source at most, never with windows x rows or features x rows."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,3 +48,19 @@ def test_preparing_and_loading_stay_far_below_windows_times_rows(tmp_path, make_
     assert peaks[100_000, 1000][0] < 60 << 20  # windows x rows would be 400 MB, features x rows 48 MB
     assert peaks[100_000, 1000][1] < 4 << 20
     assert peaks[100_000, 1000][1] < 1.2 * peaks[25_000, 1000][1]
+
+
+def mapped_bytes():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("RssFile")) * 1024
+
+
+def test_shuffled_batches_do_not_make_the_whole_file_resident(tmp_path, make_spec, write_rows):
+    spec = make_spec(write_rows(150_000), context=200, features={})
+    series = PreparedSeries(prepare_series(spec, tmp_path, code_version="1"))
+    rows = np.random.default_rng(0).permutation(series.rows("train"))
+    before = mapped_bytes()
+    for start in range(0, 64_000, 64):
+        series.batch(rows[start : start + 64])
+    assert series.features.nbytes > 60 << 20
+    assert mapped_bytes() - before < 20 << 20

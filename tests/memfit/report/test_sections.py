@@ -1,8 +1,10 @@
 import re
 
+import numpy as np
 import pytest
 
 from memfit.report.page import SECTIONS
+from memfit.report.run_files import read_run
 
 
 def test_every_section_is_there_in_order_and_linked(finished):
@@ -124,9 +126,35 @@ def test_the_predictions_are_counted_by_class(finished):
     assert "The last 300 test rows" in finished.texts["predictions"]
 
 
+def test_a_class_that_never_occurs_keeps_its_place(run_dir, page_of, fast_plots):
+    arrays = read_run(run_dir).predictions
+    arrays["class"] = arrays["class_truth"] = np.minimum(arrays["class_truth"], 1)
+    np.savez(run_dir / "predictions.npz", **arrays)
+    assert page_of(run_dir).row("predictions", "above 15")[1:] == ["0"] * 5
+
+
+def test_metrics_beyond_the_first_are_folded_away(run_dir, write_stage, stage_events, page_of, fast_plots):
+    events = stage_events(0)
+    for event in events:
+        if event["event"] == "epoch":
+            event["validation"] |= {"rmse": 2.0, "class_f1": 0.5, "recall": 0.4}
+    write_stage(0, events)
+    text = page_of(run_dir).texts["training"]
+    assert text.index("Loss risk") < text.index("RMSE") < text.index("Step loss")
+    assert text.index("Step loss") < text.index("Further validation metrics") < text.index("Recall")
+
+
 def test_the_data_are_summed_up(finished):
     text = finished.texts["data"]
-    for expected in ("wind_speed", "8,706", "9.86 ± 5.2 mph", "forward_fill, limit 3", "ab" * 32, "121 features"):
+    for expected in (
+        "wind_speed",
+        "8,706",
+        "9.860 ± 5.200 mph",
+        "5.75 – 10.4",
+        "forward_fill, limit 3",
+        "ab" * 32,
+        "121 features",
+    ):
         assert expected in text
     row = finished.row("data", "validation")
     assert row[1:5] == ["1,200", "2013-09-09 00:00 UTC", "2013-10-29 00:00 UTC", "16.4 %"]

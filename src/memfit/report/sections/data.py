@@ -17,6 +17,7 @@ from memfit.report.blocks import (
     pending,
     text_cell,
 )
+from memfit.report.class_names import class_names
 from memfit.report.run_files import Run, mapping, objects
 from memfit.report.units import bytes_text, count_text, finite, number_text, setting_text, share_text, time_text
 
@@ -30,7 +31,7 @@ def data(run: Run) -> Section:
     manifest = run.manifest
     if not manifest:
         return pending("data", title, "no prepared data is recorded")
-    blocks: list[Block] = [_facts(manifest, run.unit), Heading("Splits", "in order of time"), _splits(manifest)]
+    blocks: list[Block] = [_facts(manifest, run.unit), Heading("Splits", "in order of time"), _splits(run)]
     sources = objects(manifest.get("sources"))
     if sources:
         blocks += [Heading("Sources"), _sources(sources)]
@@ -40,10 +41,9 @@ def data(run: Run) -> Section:
 
 
 def _facts(manifest: dict[str, Any], unit: str) -> Facts:
-    def figure(value: Any) -> str:
-        return measured(value, lambda number: f"{number_text(number)} {unit}".strip(), "not recorded").text
-
-    statistics = mapping(manifest, "statistics")
+    low, high = (finite(mapping(manifest, "statistics").get(key)) for key in ("min", "max"))
+    fitted = mapping(manifest, "normalization", "value")
+    mean, std = (finite(fitted.get(key)) for key in ("mean", "std"))
     names = mapping(manifest, "features").get("names")
     gaps = mapping(manifest, "gaps")
     policy = f"{gaps.get('policy')}, limit {gaps.get('limit')}" if gaps.get("limit") else gaps.get("policy")
@@ -54,12 +54,9 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
             ("Every", text_cell(manifest.get("frequency"))),
             ("From", _moment(manifest.get("first_time"))),
             ("To", _moment(manifest.get("last_time"))),
-            ("Range", Cell(f"{figure(statistics.get('min'))} to {figure(statistics.get('max'))}")),
-            ("Normalization", _normalization(manifest, unit)),
-            (
-                "Threshold",
-                measured(manifest.get("threshold"), lambda value: f"{setting_text(value)} {unit}".strip(), "not set"),
-            ),
+            ("Range", _pair(low, "to", high, unit, "of all rows")),
+            ("Normalization", _pair(mean, "±", std, unit, "mean and deviation of the train rows")),
+            ("Threshold", measured(manifest.get("threshold"), lambda it: f"{setting_text(it)} {unit}", "not set")),
             ("Gaps filled", measured(manifest.get("filled_rows"), count_text, "not recorded")),
             ("Gap policy", text_cell(policy)),
             ("Longest window", measured(manifest.get("context"), lambda rows: f"{rows:,.0f} rows", "not recorded")),
@@ -69,29 +66,29 @@ def _facts(manifest: dict[str, Any], unit: str) -> Facts:
     )
 
 
-def _normalization(manifest: dict[str, Any], unit: str) -> Cell:
-    fitted = mapping(manifest, "normalization", "value")
-    mean, std = finite(fitted.get("mean")), finite(fitted.get("std"))
-    if mean is None or std is None:
+def _pair(left: float | None, between: str, right: float | None, unit: str, title: str) -> Cell:
+    if left is None or right is None:
         return absent("not recorded")
-    return Cell(f"{setting_text(mean)} ± {setting_text(std)} {unit}".strip(), "mean and deviation of the train rows")
+    return Cell(f"{number_text(left)} {between} {number_text(right)} {unit}", title)
 
 
 def _moment(value: Any) -> Cell:
     return Cell(time_text(value)) if value else absent("not recorded")
 
 
-def _splits(manifest: dict[str, Any]) -> Table:
+def _splits(run: Run) -> Table:
+    manifest = run.manifest
     counts = {name: _counts(manifest, name) for name in SPLITS}
     num_classes = max(map(len, counts.values()))
     num_classes = num_classes if num_classes <= MAX_CLASSES else 0
+    names = class_names(run, num_classes)[:num_classes]
     columns = (
         Column("Split"),
         Column("Targets", number=True),
         Column("First"),
         Column("Last"),
         Column("Above threshold", number=True),
-        *(Column(f"class {index}", number=True) for index in range(num_classes)),
+        *(Column(name, number=True) for name in names),
     )
     rows = []
     for name in SPLITS:

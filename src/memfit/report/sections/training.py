@@ -8,6 +8,7 @@ from memfit.report.blocks import (
     Block,
     Cell,
     Column,
+    Details,
     Figure,
     Gallery,
     Heading,
@@ -30,6 +31,9 @@ _REASONS = {
     "early_stopping": "early stopping: the monitor stopped improving",
     "max_steps": "step limit reached",
 }
+_FIRST_METRICS = (("mae",), ("above_accuracy", "below_accuracy"), ("loss_risk",))
+MAX_METRICS = 4
+"""Charts of metrics that are shown at once; the others are folded away."""
 _STEP_CHARTS = (
     ("loss", "Step loss", "blue", False),
     ("gradient_norm", "Gradient norm", "violet", False),
@@ -48,13 +52,16 @@ def training(run: Run) -> Section:
     blocks += _undefined_notes(run.stages)
     if not any(stage.epochs for stage in run.stages):
         blocks.append(Note("Not yet: no epoch has ended.", "pending"))
+    metrics = _metrics(run)
     for heading, aside, figures in (
         ("Losses", "train and validation, by epoch", _losses(run.stages)),
-        ("Validation metrics", "by epoch", _metrics(run)),
+        ("Validation metrics", "by epoch", metrics[:MAX_METRICS]),
         ("Steps", "one point per optimizer step, thinned where there are many", _steps(run.stages)),
     ):
         if figures:
             blocks += [Heading(heading, aside), Gallery(tuple(figures))]
+    if metrics[MAX_METRICS:]:
+        blocks.append(Details("Further validation metrics", (Gallery(tuple(metrics[MAX_METRICS:])),)))
     return Section("training", title, tuple(blocks))
 
 
@@ -190,9 +197,9 @@ def _metrics(run: Run) -> list[Figure]:
     trained = {name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "train")}
     seen = dict.fromkeys(name for stage in stages for epoch in stage.epochs for name in mapping(epoch, "validation"))
     names = [name for name in seen if name not in trained and name != "total"]
-    pair: list[str] = [name for name in ("above_accuracy", "below_accuracy") if name in names]
-    groups = [[name] for name in names if name not in pair]
-    groups.insert(1 if groups and groups[0] == ["mae"] else 0, pair)
+    groups = [[name for name in group if name in names] for group in _FIRST_METRICS]
+    shown = {name for group in groups for name in group}
+    groups += [[name] for name in names if name not in shown]
     figures = [_metric(f"metric-{index}", group, run) for index, group in enumerate(groups) if group]
     return [figure for figure in figures if figure]
 
@@ -201,10 +208,14 @@ def _metric(key: str, names: list[str], run: Run) -> Figure | None:
     about = measure(names[0])
     colours = ("orange", "blue")[-len(names) :]
     lines = [
-        Line(measure(name).label, colour, [_values(stage, "validation", name) for stage in run.stages])
+        Line(
+            measure(name).label if len(names) == 1 else name.partition("_")[0],
+            colour,
+            [_values(stage, "validation", name) for stage in run.stages],
+        )
         for name, colour in zip(names, colours, strict=True)
     ]
-    title = about.label if len(names) == 1 else "Accuracy above and below the threshold"
+    title = about.label if len(names) == 1 else "Accuracy above and below"
     caption = " ".join(MEASURES[name].meaning for name in names if name in MEASURES)
     label = run.unit if about.kind == "unit" else ""
     write = _percent if about.kind == "share" else setting_text

@@ -1,0 +1,126 @@
+"""A stage that was stopped or killed ends as the uninterrupted one does, to the last bit."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from memfit.errors import CheckpointError, Resumable
+
+
+def disturb() -> None:
+    """Whatever ran in between must not matter."""
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+
+
+def assert_same(resumed, whole) -> None:
+    for link in ("last", "best"):
+        assert (resumed.checkpoints / link).readlink() == (whole.checkpoints / link).readlink()
+        assert resumed.weights(link) == whole.weights(link)
+    assert resumed.events() == whole.events()
+
+
+@pytest.mark.parametrize(
+    ("precision", "stops"),
+    [("fp32", (3,)), ("fp32", (10,)), ("fp32", (13, 1, 7)), ("bf16", (13,)), ("fp16", (3,))],
+)
+def test_a_stopped_stage_goes_on_bit_for_bit(attempts, precision, stops):
+    """Dropout is on; 10 steps are an epoch, so the stops lie inside epochs and on a border."""
+    plan = {"precision": precision}
+    whole, resumed = attempts("whole", plan=plan), attempts("resumed", plan=plan)
+    whole.run()
+    assert len(whole.of_kind("step")) == 30
+    for stop in stops:
+        disturb()
+        with pytest.raises(Resumable):
+            resumed.run(stop_after=stop)
+    disturb()
+    resumed.run()
+    assert_same(resumed, whole)
+    assert [event["event"] for event in resumed.emitted].count("resume") == len(stops)
+
+
+@pytest.mark.parametrize("schedule", [{"name": "step"}, {"name": "plateau", "patience": 0}, {"name": "constant"}])
+@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.01, "momentum": 0.9}, {"name": "rmsprop", "lr": 1e-3}])
+def test_every_optimizer_and_schedule_goes_on_where_it_was(attempts, schedule, optimizer):
+    stage = {"schedule": schedule, "optimizer": optimizer, "epochs": 2}
+    whole, resumed = attempts("whole", stage=dict(stage)), attempts("resumed", stage=dict(stage))
+    whole.run()
+    resumed.run_interrupted(14)
+    assert_same(resumed, whole)
+
+
+def test_checkpointed_blocks_resume_too(attempts):
+    whole = attempts("whole", plan={"checkpointing": "blocks"}, stage={"epochs": 1})
+    resumed = attempts("resumed", plan={"checkpointing": "blocks"}, stage={"epochs": 1})
+    plain = attempts("plain", stage={"epochs": 1})
+    whole.run()
+    plain.run()
+    resumed.run_interrupted(4)
+    assert_same(resumed, whole)
+    assert whole.weights("last") == plain.weights("last")
+
+
+def test_a_killed_stage_goes_on_from_its_last_checkpoint(attempts):
+    whole, killed = attempts("whole"), attempts("killed")
+    whole.run()
+    steps = iter(range(10**6))
+
+    def kill() -> bool:
+        if next(steps) == 15:
+            raise SystemError("as if killed")
+        return False
+
+    with pytest.raises(SystemError):
+        killed.run(ask=kill)
+    assert killed.of_kind("step")[-1]["step"] == 16
+    disturb()
+    killed.run()
+    assert killed.emitted[-1]["event"] == "stage_end"
+    assert_same(killed, whole)
+
+
+def test_a_finished_stage_that_is_run_again_changes_nothing(attempts):
+    stage = attempts()
+    first = stage.run()
+    before = stage.events(), stage.weights("last")
+    again = stage.run()
+    assert (stage.events(), stage.weights("last")) == before
+    assert {key: again[key] for key in ("reason", "epochs", "steps", "best_epoch")} == {
+        key: first[key] for key in ("reason", "epochs", "steps", "best_epoch")
+    }
+
+
+def test_a_corrupt_checkpoint_is_passed_over_with_a_warning(attempts):
+    stage = {"checkpoint_every_epochs": 1}
+    whole, torn = attempts("whole", stage=dict(stage)), attempts("torn", stage=dict(stage))
+    whole.run()
+    with pytest.raises(Resumable):
+        torn.run(stop_after=24)
+    weights = torn.checkpoints / "last" / "model.safetensors"
+    assert torn.checkpoints.joinpath("last").readlink().name == "step-24"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match=r"step-24.*it is corrupt.*Using the one before"):
+        torn.run()
+    resumed = [event for event in torn.emitted if event["event"] == "resume"]
+    assert [event["step"] for event in resumed] == [20]
+    assert_same(torn, whole)
+
+
+def test_a_checkpoint_of_another_config_is_refused(attempts):
+    attempts().run()
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of this stage \(other\)"):
+        attempts(fingerprint="other").run()
+
+
+def test_the_seed_decides_and_nothing_else_does(attempts):
+    first, second, other = attempts("a"), attempts("b"), attempts("c", seed=6)
+    first.run()
+    disturb()
+    second.run()
+    other.run()
+    assert first.weights("last") == second.weights("last")
+    assert first.weights("last") != other.weights("last")
