@@ -20,8 +20,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 MONITORS = {
-    "series": ("total", "value", "class", "exceeds", "mae", "rmse", "r2", "class_accuracy", "class_f1")
-    + ("exceeds_accuracy", "below_accuracy", "above_accuracy", "precision", "recall", "loss_risk")
+    "series": (
+        *("total", "value", "class", "exceeds", "mae", "rmse", "r2", "class_accuracy", "class_f1"),
+        *("exceeds_accuracy", "below_accuracy", "above_accuracy", "precision", "recall", "loss_risk"),
+    )
 }
 """What a stage may monitor, by workload: its loss terms, their total, and its metrics."""
 _RISING = re.compile(r"(accuracy|f1|r2|precision|recall)$")

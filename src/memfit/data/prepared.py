@@ -11,7 +11,6 @@ from memfit.data.splits import SPLITS, classify, exceeds
 from memfit.errors import DataError
 from memfit.files import read_json
 
-
 RESIDENT_BYTES = 32 << 20
 """Larger arrays give their mapped pages back after every batch: a budget counts them, though a file backs them."""
 
@@ -109,6 +108,6 @@ class PreparedSeries:
 
 def _give_pages_back(array: NDArray[Any]) -> None:
     """Unmap what was touched; the kernel's page cache keeps it, so the next touch costs a minor fault."""
-    mapped = array.base
+    mapped: Any = array.base
     if array.nbytes > RESIDENT_BYTES and isinstance(mapped, mmap.mmap):
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -117,7 +117,7 @@ class MultiScaleNet(nn.Module):
         [n]; all are fp32. Raises DataError for inputs of another shape.
         """
         self._check_inputs(history, features)
-        level = self.normalization.values(history[:, -self.context :])
+        level = self.normalization.values(history)
         last = level[:, -1:]
         parts = [last, self.feature_encoder(self.normalization.features(features))]
         parts += [self.nbeats[str(window)](level[:, -window:] - last) for window in self.windows]

@@ -54,6 +54,21 @@ def test_only_the_longest_window_of_a_longer_history_is_read(make_tiny, make_row
         torch.testing.assert_close(net(history, features)[name], expected)
 
 
+def test_each_branch_reads_the_latest_steps_of_its_window(make_tiny, make_rows):
+    net = make_tiny(windows=(8, 16, 24), tcn_window=8, transformer_window=16)
+    seen = {}
+    for name, branch in (*net.nbeats.items(), ("tcn", net.tcn), ("transformer", net.transformer)):
+        branch.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0]}))
+    history, features = make_rows(3, length=30)
+    net(history, features)
+    level = (history - 40) / 8
+    expected = {str(window): level[:, -window:] - level[:, -1:] for window in (8, 16, 24)}
+    expected |= {"tcn": level[:, -8:], "transformer": level[:, -16:]}
+    assert seen.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(seen[name], expected[name])
+
+
 @pytest.mark.parametrize("step", [0, 10, 23])
 def test_every_step_of_the_window_counts(make_tiny, make_rows, step):
     net = make_tiny()
