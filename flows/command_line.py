@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from prefect import Flow, tags
+from prefect import Flow, get_client, tags
 from prefect.exceptions import ParameterTypeError
 
 from flows.flow_parameters import read_parameters
@@ -77,9 +77,23 @@ def _run(flow: Flow[..., dict[str, Any]], parameters: dict[str, Any]) -> dict[st
         flow.validate_parameters(parameters)
     except ParameterTypeError as error:
         raise ConfigError(str(error)) from None
+    _reach_server()
     try:
         with tags(config.name):
             summary: dict[str, Any] = flow(**parameters)
     except KeyboardInterrupt:
         raise Resumable("stopped on request. Go on with --resume.") from None
     return summary
+
+
+def _reach_server() -> None:
+    """Start Prefect's temporary server now, if no API is configured, deaf to the Ctrl-C that ends this process.
+
+    Otherwise it dies first, and Prefect spends minutes on telling it how the run ended.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True):
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,7 +1,7 @@
 """What the flows take. Prefect shows the descriptions in its form; its server refuses what does not match, unrun."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect.runtime import flow_run
 from pydantic import Field
@@ -12,34 +12,40 @@ from memfit.errors import ConfigError
 from memfit.memory.budget import PATTERN as BUDGET_PATTERN
 from memfit.pipeline import Pipeline, open_run
 
+
+def _described(text: str) -> Any:
+    """Put a description where Prefect leaves it alone: it empties a Field's own, having read only the docstring."""
+    return Field(json_schema_extra={"description": text})
+
+
 ConfigPath = Annotated[
     str,
-    Field(
-        pattern=r"\.toml$", description="Path of a TOML config, from the flow run's working directory: configs/x.toml"
-    ),
+    Field(pattern=r"\.toml$"),
+    _described("Path of a TOML config, from the flow run's working directory: configs/x.toml"),
 ]
 Override = Annotated[str, Field(pattern=r"^\s*[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\s*=")]
 Overrides = Annotated[
     tuple[Override, ...],
-    Field(description="Settings that differ from the config, as key.path=value: stages.0.lr=3e-4"),
+    _described("Settings that differ from the config, as key.path=value: stages.0.lr=3e-4"),
 ]
 Budget = Annotated[
     str,
-    Field(
-        pattern=rf"^({BUDGET_PATTERN})?$",
-        description="Memory budget: 14GiB, 80% of the device, or auto (what is free then). Empty: the config's.",
-    ),
+    Field(pattern=rf"^({BUDGET_PATTERN})?$"),
+    _described("Memory budget: 14GiB, 80% of the device, or auto (what is free then). Empty: the config's."),
 ]
 Device = Annotated[
-    str, Field(pattern=r"^(cpu|cuda(:\d+)?)?$", description="cpu, cuda or cuda:n. Empty: the config's device.")
+    str,
+    Field(pattern=r"^(cpu|cuda(:\d+)?)?$"),
+    _described("cpu, cuda or cuda:n. Empty: the config's device."),
 ]
 RunDir = Annotated[
-    str, Field(description="Directory of the run; one that holds the same config goes on. Empty: a new one under runs.")
+    str,
+    _described("Directory of the run; one that holds the same config goes on. Empty: a new one under runs."),
 ]
-Resume = Annotated[bool, Field(description="Go on with the newest unfinished run of the same config, if there is one.")]
-Fresh = Annotated[bool, Field(description="Reuse nothing of earlier runs: prepare, plan and train again.")]
-Runs = Annotated[str, Field(min_length=1, description="Folder where runs are kept.")]
-Store = Annotated[str, Field(min_length=1, description="Folder where prepared data and plans are kept.")]
+Resume = Annotated[bool, _described("Go on with the newest unfinished run of the same config, if there is one.")]
+Fresh = Annotated[bool, _described("Reuse nothing of earlier runs: prepare, plan and train again.")]
+Runs = Annotated[str, Field(min_length=1), _described("Folder where runs are kept.")]
+Store = Annotated[str, Field(min_length=1), _described("Folder where prepared data and plans are kept.")]
 
 
 def read_parameters(config: str, overrides: tuple[str, ...], budget: str, device: str) -> RunConfig:

@@ -23,6 +23,9 @@ TINY_FEATURES = {
     "calendar": ["hour"],
     "streak_window": 0,
     "share_windows": [4],
+    "extra_lags": [],
+    "extra_difference_lags": [],
+    "extra_mean_windows": [],
 }
 TINY_MODEL = {
     "size": "light",
@@ -62,6 +65,9 @@ rolling_quantiles = []
 calendar = ["hour"]
 streak_window = 0
 share_windows = [4]
+extra_lags = []
+extra_difference_lags = []
+extra_mean_windows = []
 
 [model]
 size = "light"
@@ -100,7 +106,7 @@ max_steps = 6
 """
 
 
-def series_csv(path: Path, rows: int = 240) -> Path:
+def series_csv(path: Path, rows: int = 232) -> Path:
     """Write an hourly series with a daily wave, a trend and noise."""
     noise = np.random.default_rng(0).normal(size=rows)
     values = [10 + 2 * math.sin(i * math.tau / 24) + 0.002 * i + 0.3 * noise[i] for i in range(rows)]
@@ -129,7 +135,7 @@ def tiny_config(tmp_path, tiny_config_text):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tiny_csv):
-    """The tiny series, prepared: about 150 train, 32 validation and 32 test targets."""
+    """The tiny series, prepared: about 156 train, 34 validation and 34 test targets."""
     spec = SeriesSpec.from_dict(
         {
             "source": {"kind": "files", "paths": [str(tiny_csv)]},

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import memfit
-from memfit.errors import MemfitError
+from memfit.errors import MemfitError, Resumable, RunStateError
 
 app = typer.Typer(
     help="Training for PyTorch that fits the memory you have: from data to a checked ONNX model.",
@@ -79,10 +79,16 @@ def run_until(
         fresh=fresh,
         on_event=RunView(console),
     )
-    console.print(f"run {pipeline.run.run_id} of {config.name!r} in {pipeline.run.path}", soft_wrap=True)
-    with pipeline.run.locked():
-        for step in pipeline.steps_until(last):
-            pipeline.perform(step)
+    path = pipeline.run.path
+    if fresh and pipeline.run.record["finished"]:
+        raise RunStateError(f"{path}: --fresh trains again in a new run, and this one is finished. Leave out the run.")
+    console.print(f"run {pipeline.run.run_id} of {config.name!r} in {path}", soft_wrap=True)
+    try:
+        with pipeline.run.locked():
+            for step in pipeline.steps_until(last):
+                pipeline.perform(step)
+    except KeyboardInterrupt:  # here, as typer would turn it into an exit status of its own
+        raise Resumable(f"run {pipeline.run.run_id} stopped on request. Go on with: memfit {command} {path}") from None
     summary = pipeline.summary()
     show_summary(console, summary)
     if as_json:

@@ -1,5 +1,6 @@
 """RunConfig: what a TOML file may say, with every default; overrides by dotted path."""
 
+import dataclasses
 import difflib
 import re
 import tomllib
@@ -10,13 +11,16 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError
 from memfit.memory.budget import PATTERN as BUDGET_PATTERN
+from memfit.models.sizes import SIZES
 
 MAX_CONFIG_BYTES = 2**20
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 MONITORS = {
@@ -32,7 +36,7 @@ _RISING = re.compile(r"(accuracy|f1|r2|precision|recall)$")
 class Part(BaseModel):
     """A table of the config: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Source(Part):
@@ -120,13 +124,25 @@ class SeriesData(Part):
     features: Features = Features()
     """Engineered features."""
 
+    @model_validator(mode="after")
+    def _can_be_prepared(self) -> Self:
+        self.spec(context=1)
+        return self
+
+    def spec(self, context: int) -> SeriesSpec:
+        """Return what the preparation takes. Raises: ConfigError for settings that contradict each other."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        kept = ("kind", "paths") if self.source.kind == "files" else ("kind", "name", "airport")
+        plain["source"] = {key: plain["source"][key] for key in kept}
+        return SeriesSpec.from_dict({**plain, "context": context})
+
 
 class ModelSettings(Part):
     """Sizes of the multi-scale net; what is left out comes from `size`."""
 
     size: Literal["full", "light"] = "full"
     """`full`: the reference's sizes (about 9.8 M parameters with all windows). `light`: 128 dim, 2 layers."""
-    windows: tuple[PositiveInt, ...] = (50, 200, 500, 1000)
+    windows: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (50, 200, 500, 1000)
     """Lengths of the history windows, rising; each gets an N-BEATS stack."""
     tcn_window: PositiveInt | None = None
     """The window that the TCN reads; none leaves it out."""
@@ -157,6 +173,19 @@ class ModelSettings(Part):
     fusion_hidden: PositiveInt | None = None
     """Width of the fusion."""
 
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        rising = list(self.windows) == sorted(set(self.windows))
+        if not rising or self.windows[0] < 2:
+            raise ValueError(f"windows: expected rising lengths of at least 2, got {list(self.windows)}")
+        for name in ("tcn_window", "transformer_window"):
+            window = getattr(self, name)
+            if window is not None and window not in self.windows:
+                raise ValueError(f"{name}: expected one of the windows {list(self.windows)}, got {window}")
+        given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(SIZES[self.size])}
+        dataclasses.replace(SIZES[self.size], **{name: size for name, size in given.items() if size is not None})
+        return self
+
 
 class Model(ModelSettings):
     """The net, and the lighter variants that a plan may be allowed to fall back to."""
@@ -173,9 +202,15 @@ class Model(ModelSettings):
         """Return every variant's resolved settings, the model's own first, as `full` or `light`."""
         own = self.model_dump(exclude={"variants"}, exclude_none=True)
         found: dict[str, dict[str, Any]] = {self.size: own}
+        if self.size in self.variants:
+            raise ValueError(f"variants.{self.size}: expected a name other than the model's own size")
         light = {"light": {"size": "light"}} if self.size == "full" else {}
         for name, changes in {**light, **self.variants}.items():
-            merged = ModelSettings.model_validate({**own, **changes})
+            try:
+                merged = ModelSettings.model_validate({**own, **changes})
+            except ValidationError as error:
+                faults = "; ".join(_explain(dict(fault), ("model",)).removeprefix("config: ") for fault in error.errors())
+                raise ValueError(f"variants.{name}: {faults}") from None
             found[name] = merged.model_dump(exclude_none=True)
         return found
 
@@ -208,7 +243,7 @@ class Optimizer(Part):
     """Weight decay of matrices; biases and norms have none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Momentum, for sgd and rmsprop; default 0.9 for sgd."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Probability, Probability] | None = None
     """Decay rates of the moments, for adam and adamw."""
 
     @model_validator(mode="after")
@@ -229,7 +264,7 @@ class Schedule(Part):
 
     name: Literal["constant", "cosine", "step", "plateau"] = "constant"
     """Which schedule; all but plateau may begin with a linear warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Optimizer steps of linear warm-up."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """cosine: the last lr as a share of the stage's."""
@@ -237,8 +272,14 @@ class Schedule(Part):
     """step: optimizer steps between two cuts."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """step and plateau: what a cut multiplies the lr with."""
-    patience: Annotated[int, Field(ge=0)] = 5
+    patience: Count = 5
     """plateau: epochs without a better monitored value before a cut."""
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> Self:
+        if self.name == "plateau" and self.warmup_steps:
+            raise ValueError(f"warmup_steps: expected 0 with schedule plateau, got {self.warmup_steps}")
+        return self
 
 
 class Stage(Part):
@@ -262,11 +303,11 @@ class Stage(Part):
     """Parameters to train, by shell-style patterns of their names; the rest is frozen."""
     monitor: str = "total"
     """Validation figure that decides which weights are best: a loss term, `total`, or a metric such as `mae`."""
-    patience: Annotated[int, Field(ge=0)] = 15
+    patience: Count = 15
     """Epochs without a better monitored value before the stage ends; 0 trains all epochs."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest total gradient norm; 0 clips nothing."""
-    checkpoint_every_epochs: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every_epochs: Count = 0
     """Keep the checkpoint of every n-th epoch besides `last` and `best`; 0 keeps none."""
     max_steps: PositiveInt | None = None
     """Stop after so many optimizer steps, for trials."""
@@ -299,13 +340,13 @@ class Planning(Part):
 class Export(Part):
     """The ONNX bundle."""
 
-    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    opset: Annotated[int, Field(ge=18, le=23, strict=True)] = 20
     """ONNX opset."""
     atol: Annotated[float, Field(gt=0)] | None = None
     """Largest absolute difference to torch; with neither given, 1e-5 of each output's largest value."""
     rtol: Annotated[float, Field(gt=0)] | None = None
     """Largest relative difference to torch; with neither given, 1e-5."""
-    samples: Annotated[int, Field(ge=4, le=4096)] = 64
+    samples: Annotated[int, Field(ge=4, le=4096, strict=True)] = 64
     """Real test rows that parity is checked on and that the bundle carries."""
 
 
@@ -316,7 +357,7 @@ class RunConfig(Part):
     """Name of the run; its directories are runs/<name>/<run id>."""
     workload: Literal["series"] = "series"
     """Kind of problem."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     """Seed of everything random."""
     data: SeriesData
     """What is learned from."""
@@ -374,7 +415,8 @@ def validate(document: Mapping[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(document)
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(dict(fault))}" for fault in error.errors())
-        raise ConfigError(f"{where}: {error.error_count()} faults in the config:\n{faults}") from None
+        count = error.error_count()
+        raise ConfigError(f"{where}: {count} fault{'s' * (count > 1)} in the config:\n{faults}") from None
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -419,18 +461,19 @@ def _index(items: list[Any], key: str, override: str) -> int:
 
 def _read_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return read["value"] if len(read) == 1 else text  # further lines are part of the text, not settings of their own
 
 
-def _explain(fault: dict[str, Any]) -> str:
+def _explain(fault: dict[str, Any], above: tuple[str, ...] = ()) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        valid = _keys_at(fault["loc"][:-1])
+        valid = _keys_at((*above, *fault["loc"][:-1]))
         near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.0)
         return f"{path}: unknown key; the nearest valid one is {near[0] if near else valid!r}."
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
     got = fault["input"]
     shown = "" if fault["type"] in ("missing", "value_error") else f", got {got!r:.80}"
     return f"{path or 'config'}: {message}{shown}."

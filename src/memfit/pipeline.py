@@ -6,6 +6,7 @@ decided here alone, by fingerprints.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from memfit.files import fingerprint, read_json, sha256_file, write_json, write_
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.plan import Plan, Probe
 from memfit.memory.planner import PlanRequest, plan_stage
+from memfit.memory.probe import HEADROOM
 from memfit.process import Emit, run_child
 from memfit.report.page import write_report
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
@@ -103,11 +105,7 @@ class Pipeline:
 
     @cached_property
     def _series(self) -> SeriesSpec:
-        plain = self.config.data.model_dump(mode="json", exclude_none=True)
-        source = self.config.data.source
-        kept = ("kind", "paths") if source.kind == "files" else ("kind", "name", "airport")
-        plain["source"] = {key: plain["source"][key] for key in kept}
-        return SeriesSpec.from_dict({**plain, "context": self.config.context})
+        return self.config.data.spec(self.config.context)
 
     @cached_property
     def data_key(self) -> str:
@@ -213,8 +211,8 @@ class Pipeline:
         if stored.exists() and not self.fresh:
             try:
                 plan = Plan.from_dict(read_json(stored))
-                if (plan.measured_peak_bytes or 0) <= self._budget_bytes:
-                    return plan, True
+                if (plan.measured_peak_bytes or 0) <= self._budget_bytes * (1 - HEADROOM):
+                    return replace(plan, budget_bytes=self._budget_bytes), True  # `auto` differs from day to day
             except (ValueError, TypeError, KeyError, RunStateError):
                 stored.unlink()  # torn or of another version: plan again
         settings = self.config.plan
@@ -389,6 +387,8 @@ def open_run(
     """
     text = to_toml(config)
     path = run_dir or (unfinished(runs / config.name, text) if resume else None) or runs / config.name / new_run_id()
+    if path.exists() and not path.is_dir():
+        raise RunStateError(f"{path}: expected a directory or nothing, got a file. Take another --run-dir.")
     run = RunDirectory(path)
     if run.record:
         if (path / "config.toml").read_text(encoding="utf-8") != text:
@@ -402,8 +402,8 @@ def open_run(
             "environment": environment() | {"device": config.plan.device},
             "data_dir": None,
         }
+        write_text(path / "config.toml", text)  # before the record: a run with a record has a config
         run = RunDirectory.create(path, config.name, facts)
-        write_text(path / "config.toml", text)
     return Pipeline(config, run, store, fresh=fresh, on_event=on_event)
 
 

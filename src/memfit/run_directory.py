@@ -38,7 +38,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record: dict[str, Any] = read_json(path / RECORD) if (path / RECORD).exists() else {}
+        self.record: dict[str, Any] = _read_record(path) if (path / RECORD).exists() else {}
 
     @classmethod
     def create(cls, path: Path, name: str, facts: dict[str, Any]) -> "RunDirectory":
@@ -88,14 +88,14 @@ class RunDirectory:
     def find_earlier(self, name: str, fingerprint: str, outputs: list[str]) -> Found | None:
         """Find the newest other run beside this one that finished the step, its outputs still there."""
         for folder in sorted(self.path.resolve().parent.iterdir(), reverse=True):
-            if folder.name == self.path.resolve().name or not (folder / RECORD).exists():
+            if folder.name == self.path.resolve().name:
                 continue
             try:
                 other = RunDirectory(folder)
-                finished = other.done(name, fingerprint)
-            except (ValueError, KeyError):  # another process is writing it, or it is not ours
+                finished = other.done(name, fingerprint) and all((folder / output).exists() for output in outputs)
+            except (RunStateError, KeyError, OSError):  # it is not a run, or not ours to read
                 continue
-            if finished and all((folder / output).exists() for output in outputs):
+            if finished:
                 origin = (other.step(name) or {}).get("from_run") or other.run_id
                 return Found(folder, origin)
         return None
@@ -130,6 +130,16 @@ class RunDirectory:
             yield
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = read_json(path / RECORD)
+    except ValueError as error:
+        raise RunStateError(f"{path / RECORD}: not JSON ({error}). Take another --run-dir.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("steps"), list):
+        raise RunStateError(f"{path / RECORD}: expected the record of a run, got something else. Take another --run-dir.")
+    return record
+
+
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
@@ -142,9 +152,11 @@ def unfinished(runs: Path, config_text: str) -> Path | None:
     if not runs.exists():
         return None
     for folder in sorted(runs.iterdir(), reverse=True):
-        config = folder / "config.toml"
-        if config.exists() and config.read_text(encoding="utf-8") == config_text and (folder / RECORD).exists():
-            return None if read_json(folder / RECORD)["finished"] else folder
+        try:
+            if (folder / "config.toml").read_text(encoding="utf-8") == config_text:
+                return None if _read_record(folder)["finished"] else folder
+        except (OSError, UnicodeDecodeError, RunStateError):  # not a run, or one that never began
+            continue
     return None
 
 

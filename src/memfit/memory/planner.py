@@ -76,17 +76,22 @@ def _climb(request: PlanRequest, tried: list[Probe], on_probe: OnProbe) -> list[
 
 
 def _known(request: PlanRequest, ladder: Sequence[Candidate]) -> list[Probe]:
-    """Take over an earlier climb of this ladder: only the number of accumulation steps differs."""
-    rungs = {candidate.micro_batch_size: candidate for candidate in ladder}
+    """Take over an earlier climb of this ladder: only the number of accumulation steps differs.
+
+    A climb over other rungs says too little of this ladder: none of it is taken.
+    """
     first = ladder[0]
-    return [
-        probe.at(rungs[probe.micro_batch_size], request.global_batch_size)
+    climbed = {
+        probe.micro_batch_size: probe
         for probe in request.known
         if not probe.verifying
-        and probe.micro_batch_size in rungs
         and (probe.precision, probe.checkpointing, probe.variant)
         == (first.precision, first.checkpointing, first.variant)
-    ]
+    }
+    rungs = [candidate for candidate in ladder if candidate.micro_batch_size <= max(climbed, default=0)]
+    if not all(candidate.micro_batch_size in climbed for candidate in rungs):
+        return []
+    return [climbed[candidate.micro_batch_size].at(candidate, request.global_batch_size) for candidate in rungs]
 
 
 def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_probe: OnProbe) -> list[Probe]:

@@ -1,6 +1,7 @@
 """The child that trains one stage: limits, seeds, model, resume, loop."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,40 +43,42 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
     progress = _resume(checkpoints, job["fingerprint"], step, schedule)
-    events = EventLog(Path(job["stage_dir"]) / "events.jsonl", emit, progress.events_bytes if progress else 0)
-    if progress is None:
-        events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
-    else:
-        emit({"event": "resume", "step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)})
-    record = {"stage": stage["name"], "fingerprint": job["fingerprint"]}
-    loop = StageLoop(
-        workload,
-        step,
-        schedule,
-        progress or Progress(),
-        events,
-        plan,
-        stage,
-        job["stage_index"],
-        job["seed"],
-        checkpoints,
-        record,
-    )
-    emit({"event": "phase", "phase": "train"})
-    reason = loop.run()
-    result = {
+    keep_bytes = progress.events_bytes if progress else 0
+    with closing(EventLog(Path(job["stage_dir"]) / "events.jsonl", emit, keep_bytes)) as events:
+        if progress is None:
+            events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
+        else:
+            emit({"event": "resume", "step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)})
+        loop = StageLoop(
+            workload,
+            step,
+            schedule,
+            progress or Progress(),
+            events,
+            plan,
+            stage,
+            job["stage_index"],
+            job["seed"],
+            checkpoints,
+            {"stage": stage["name"], "fingerprint": job["fingerprint"]},
+        )
+        emit({"event": "phase", "phase": "train"})
+        result = _result(loop.run(), stage, loop.progress)
+        events.write("stage_end", **result)
+        events.sync()
+    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
+
+
+def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    return {
         "reason": reason,
         "monitor": stage["monitor"],
-        "best_epoch": loop.progress.best_epoch,
-        "best_value": loop.progress.best_value,
-        "epochs": loop.progress.epoch,
-        "steps": loop.progress.step,
-        "seconds": loop.progress.seconds,
+        "best_epoch": progress.best_epoch,
+        "best_value": progress.best_value,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "seconds": progress.seconds,
     }
-    events.write("stage_end", **result)
-    events.sync()
-    events.close()
-    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
 
 
 def _resume(checkpoints: Path, fingerprint: str, step: TrainingStep, schedule: Schedule) -> Progress | None:
