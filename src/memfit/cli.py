@@ -88,7 +88,8 @@ def run_until(
             for step in pipeline.steps_until(last):
                 pipeline.perform(step)
     except KeyboardInterrupt:  # here, as typer would turn it into an exit status of its own
-        raise Resumable(f"run {pipeline.run.run_id} stopped on request. Go on with: memfit {command} {path}") from None
+        verb = "run" if last == "report" else last
+        raise Resumable(f"run {pipeline.run.run_id} stopped on request. Go on with: memfit {verb} {path}") from None
     summary = pipeline.summary()
     show_summary(console, summary)
     if as_json:

@@ -209,7 +209,9 @@ class Model(ModelSettings):
             try:
                 merged = ModelSettings.model_validate({**own, **changes})
             except ValidationError as error:
-                faults = "; ".join(_explain(dict(fault), ("model",)).removeprefix("config: ") for fault in error.errors())
+                faults = "; ".join(
+                    _explain(dict(fault), ("model",)).removeprefix("config: ") for fault in error.errors()
+                )
                 raise ValueError(f"variants.{name}: {faults}") from None
             found[name] = merged.model_dump(exclude_none=True)
         return found

@@ -136,7 +136,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunStateError(f"{path / RECORD}: not JSON ({error}). Take another --run-dir.") from error
     if not isinstance(record, dict) or not isinstance(record.get("steps"), list):
-        raise RunStateError(f"{path / RECORD}: expected the record of a run, got something else. Take another --run-dir.")
+        raise RunStateError(
+            f"{path / RECORD}: expected the record of a run, got something else. Take another --run-dir."
+        )
     return record
 
 

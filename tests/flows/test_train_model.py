@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -190,6 +191,7 @@ def test_only_a_dead_child_is_tried_again(prefect_api, monkeypatch, error, tries
 
     monkeypatch.setattr(evaluate_model, "perform", perform)
     task = evaluate_model.evaluate_model.with_options(retry_delay_seconds=0)
+    alone = flow(lambda: task("run", "store"), name="one-task")
     with pytest.raises(type(error), match=str(error)):
-        task("run", "store")
+        alone()
     assert len(calls) == tries
