@@ -101,7 +101,6 @@ name = "second"
 epochs = 1
 global_batch_size = 8
 lr = 5e-4
-optimizer = {{ name = "adam" }}
 max_steps = 6
 """
 

@@ -9,119 +9,142 @@ from pathlib import Path
 
 import pytest
 
+from flows.command_line import run_from_command_line
+from flows.plan_memory import plan_config
+from flows.train_model import train_model
 from memfit.files import read_json
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """Settings of a user without a Prefect server, at home in a new folder."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MEMFIT_"))}
-    return {**kept, "PREFECT_HOME": str(tmp_path / "prefect-home"), "PYTHONWARNINGS": "error"}
+def says(monkeypatch, capsys, prefect_api):
+    """Run a flow's command line in this process; return exit status, stdout and stderr."""
 
-
-@pytest.fixture
-def command(root, environment):
-    def start(*arguments: str, module: str = "flows.train_model", **options) -> subprocess.Popen:
-        line = [sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(line, cwd=root, env=environment, text=True, **options)
-
-    return start
-
-
-@pytest.fixture
-def says(command):
-    def run(*arguments: str, module: str = "flows.train_model") -> tuple[int, str, str]:
-        process = command(*arguments, module=module, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+    def run(flow, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flow", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as left:
+                run_from_command_line(flow)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
 
     return run
 
 
-def session_of(process: subprocess.Popen, marker: str) -> list[int]:
-    """List the processes that carry the marker in their environment: the flow's, and all that it started."""
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """The Prefect home of a user who has no server."""
+    return tmp_path / "prefect-home"
+
+
+@pytest.fixture
+def command(root, home):
+    """Start the flow as a process group of its own, as a terminal does."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MEMFIT_"))}
+
+    def start(*arguments: object, log: Path) -> subprocess.Popen:
+        with log.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "flows.train_model", *map(str, arguments)],
+                cwd=root,
+                env={**kept, "PREFECT_HOME": str(home)},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest itself may ignore it
+            )
+
+    return start
+
+
+def set_each(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def others_with(marker: Path, but: int) -> list[int]:
+    """List the living processes that carry a path in their environment, but for one."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != process.pid:
-            try:
-                environ, state = (folder / "environ").read_bytes(), (folder / "stat").read_text().rsplit(")")[1].split()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if marker.encode() in environ and state[0] != "Z":
-                found.append(int(folder.name))
-    return found
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environ, stat = (folder / "environ").read_bytes(), (folder / "stat").read_text()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if str(marker).encode() in environ and stat.rsplit(")")[1].split()[0] != "Z":
+            found.append(int(folder.name))
+    return [pid for pid in found if pid != but]
 
 
 def test_help_names_the_flow_and_the_options(says):
-    code, out, _ = says("--help")
+    code, out, _ = says(train_model, "--help")
+    options = ("--set", "--budget", "--device", "--run-dir", "--resume", "--fresh", "--json")
     assert code == 0
     assert "'train-model'" in " ".join(out.split())
-    assert all(
-        option in out for option in ("--set", "--budget", "--device", "--run-dir", "--resume", "--fresh", "--json")
-    )
+    assert all(option in out for option in options)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["configs/none.toml"], "configs/none.toml: cannot be read"),
-        (["configs/smoke.toml", "--budget", "12 bananas"], "got '12 bananas'"),
-        (["configs/smoke.toml", "--set", "stages.0.lrr=1"], "the nearest valid one is lr"),
+        (["none.toml"], "none.toml: cannot be read"),
+        (["smoke.toml", "--budget", "12 bananas"], "got '12 bananas'"),
+        (["smoke.toml", "--set", "stages.0.lrr=1"], "stages.0.lrr: unknown key"),
+        (["smoke.toml", "--device", "tpu"], "got 'tpu'"),
     ],
 )
-def test_bad_config_is_refused_before_prefect_hears_of_it(says, environment, arguments, message):
-    code, out, err = says(*arguments)
-    assert code == 2
+def test_bad_config_is_refused_before_there_is_a_flow_run(says, client, root, arguments, message):
+    before = len(client.read_flow_runs())
+    name, *options = arguments
+    code, out, err = says(train_model, root / "configs" / name, *options)
+    assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
-    assert out == ""
-    assert not list(Path(environment["PREFECT_HOME"]).glob("*.db"))
+    assert len(client.read_flow_runs()) == before
 
 
-def test_ctrl_c_writes_a_checkpoint_and_ends_everything(
-    command, says, environment, tmp_path, folders, small, wait_until, trained
-):
-    overrides = [part for value in [*small, "stages.0.max_steps=2000"] for part in ("--set", value)]
-    where = ["--run-dir", str(tmp_path / "run"), "--store", folders["store"]]
-    events = tmp_path / "run/stages/1-first/events.jsonl"
-    with (tmp_path / "log").open("w") as log:
-        process = command(
-            "configs/smoke.toml",
-            *overrides,
-            *where,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            wait_until(
-                lambda: process.poll() is not None or (events.exists() and '"step": 5,' in events.read_text()),
-                240,
-                "fifth step of training",
-            )
-            assert session_of(process, environment["PREFECT_HOME"])
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the flow and Prefect's server alike
-            code = process.wait(timeout=90)
-        finally:
-            process.kill()
-    text = (tmp_path / "log").read_text()
-    assert code == 75, text
-    assert "stopped on request" in text
-    assert "Crashed" in text  # Prefect's server lived to hear of it
-    assert session_of(process, environment["PREFECT_HOME"]) == []
-    saved = read_json(tmp_path / "run/stages/1-first/checkpoints/last/checkpoint.json")
-    assert saved["step"] == json.loads(events.read_text().splitlines()[-1])["step"]
+def test_config_must_be_a_toml_file_by_name(says, root, tmp_path):
+    copy = tmp_path / "smoke.txt"
+    copy.write_text((root / "configs/smoke.toml").read_text())
+    code, _, err = says(train_model, copy)
+    assert code == 2
+    assert "config" in err
 
 
-def test_plan_memory_prints_one_json_document_and_trains_nothing(says, trained, folders, small):
-    overrides = [part for value in small for part in ("--set", value)]
-    options = ["--json", "--runs", folders["runs"], "--store", folders["store"]]
-    code, out, err = says("configs/smoke.toml", *overrides, *options, module="flows.plan_memory")
+def test_plan_memory_prints_one_json_document_and_trains_nothing(says, trained, folders, small, root):
+    where = ["--runs", folders["runs"], "--store", folders["store"]]
+    code, out, err = says(plan_config, root / "configs/smoke.toml", *set_each(small), "--json", *where)
     assert code == 0, err
     summary = json.loads(out)
     assert [step["name"] for step in summary["steps"]] == ["prepare", "plan"]
     assert {step["from_run"] for step in summary["steps"]} == {"the store"}
     assert [plan["stage"] for plan in summary["plans"]] == ["first", "second"]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_ends_everything(
+    command, home, root, tmp_path, folders, small, wait_until, trained
+):
+    options = [*set_each([*small, "stages.0.max_steps=2000"]), "--store", folders["store"]]
+    log, stage = tmp_path / "log", tmp_path / "run/stages/1-first"
+    events = stage / "events.jsonl"
+    process = command(root / "configs/smoke.toml", *options, "--run-dir", tmp_path / "run", log=log)
+    try:
+        wait_until(
+            lambda: process.poll() is not None or (events.exists() and '"step": 5,' in events.read_text()),
+            240,
+            "fifth step of training",
+        )
+        assert len(others_with(home, but=process.pid)) == 2  # the training child and Prefect's server
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the flow and the server alike
+        code = process.wait(timeout=90)
+    finally:
+        process.kill()
+    text = log.read_text()
+    assert code == 75, text
+    assert "stopped on request" in text
+    assert "Finished in state Crashed" in text  # so the server lived to hear of it
+    wait_until(lambda: not others_with(home, but=process.pid), 30, "end of what the flow had started")
+    saved = read_json(stage / "checkpoints/last/checkpoint.json")
+    assert saved["step"] == json.loads(events.read_text().splitlines()[-1])["step"] >= 5
