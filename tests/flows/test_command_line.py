@@ -15,6 +15,7 @@ from flows.train_model import train_model
 from memfit.files import read_json
 
 pytestmark = pytest.mark.timeout(600)
+ONE_LONG_STAGE = "stages=[{name='only', epochs=1, global_batch_size=1, lr=1e-3}]"
 
 
 @pytest.fixture
@@ -123,11 +124,9 @@ def test_plan_memory_prints_one_json_document_and_trains_nothing(says, trained, 
     assert [plan["stage"] for plan in summary["plans"]] == ["first", "second"]
 
 
-def test_ctrl_c_writes_a_checkpoint_and_ends_everything(
-    command, home, root, tmp_path, folders, small, wait_until, trained
-):
-    options = [*set_each([*small, "stages.0.max_steps=2000"]), "--store", folders["store"]]
-    log, stage = tmp_path / "log", tmp_path / "run/stages/1-first"
+def test_ctrl_c_writes_a_checkpoint_and_ends_everything(command, home, root, tmp_path, folders, wait_until, trained):
+    options = [*set_each([ONE_LONG_STAGE]), "--store", folders["store"]]
+    log, stage = tmp_path / "log", tmp_path / "run/stages/1-only"
     events = stage / "events.jsonl"
     process = command(root / "configs/smoke.toml", *options, "--run-dir", tmp_path / "run", log=log)
     try:

@@ -143,8 +143,7 @@ def trains(pipeline: Pipeline, step: str, monkeypatch) -> bool:
     try:
         pipeline.perform(step)
     except ChildError as started:
-        assert str(started) == "memfit.training.worker:run"
-        return True
+        return str(started) == "memfit.training.worker:run"
     return False
 
 

@@ -91,7 +91,7 @@ def test_an_impossible_budget_says_what_was_tried_and_what_would_help(request_pl
 
 def test_evaluation_is_part_of_what_must_fit(request_plan):
     hungry = request_plan(
-        "hungry_evaluation", {"bytes_per_sample": 40 * MIB}, budget_bytes=GIB, checkpointings=("none",)
+        "hungry_evaluation", {"bytes_per_sample": 100 * MIB}, budget_bytes=GIB, checkpointings=("none",)
     )
     plan = plan_stage(hungry)
     check_evidence(plan)
