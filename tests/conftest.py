@@ -165,7 +165,8 @@ def importable(tmp_path, monkeypatch):
         folder = tmp_path / "importable"
         folder.mkdir(exist_ok=True)
         shutil.copy(module, folder)
-        monkeypatch.setenv("PYTHONPATH", str(folder))
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
         return module.stem
 
     return copy

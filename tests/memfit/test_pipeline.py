@@ -164,12 +164,13 @@ def test_fresh_reuses_nothing(reopen, monkeypatch, finished_run):
 
 
 @pytest.mark.parametrize("override", ["seed=4", "stages.0.lr=2e-3", "stages.0.loss.class_weight=0.7"])
-def test_what_changes_the_first_stage_trains_it_again(reopen, monkeypatch, finished_run, override):
+def test_what_changes_the_first_stage_trains_it_and_the_next_again(reopen, monkeypatch, finished_run, override):
     plans = [Plan.from_dict(plan) for plan in finished_run.summary["plans"]]
     monkeypatch.setattr(pipelines, "plan_stage", lambda request, _: next(p for p in plans if p.stage == request.stage))
     changed = reopen(override)
     perform_until(changed, "plan")
     assert trains(changed, "train:first", monkeypatch)
+    assert trains(changed, "train:second", monkeypatch)
 
 
 @pytest.mark.parametrize("part", ["train", "data"])

@@ -57,7 +57,7 @@ def test_updates_are_at_least_two_seconds_apart(sent, clock):
     for number in range(1, 101):
         clock[0] += 0.25
         progress(step(number))
-    assert [share for share, _ in sent] == [8.0 * count for count in range(1, 13)]
+    assert [round(share, 6) for share, _ in sent] == [8.0 * count for count in range(1, 13)]
 
 
 def test_epoch_shows_its_figures(sent, clock):
