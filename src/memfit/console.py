@@ -68,6 +68,9 @@ class RunView:
             f"up to {event['epochs']} epochs of {event['steps_per_epoch']} steps; "
             f"{plan['micro_batch_size']} x {plan['accumulation_steps']} samples, {plan['precision']}"
         )
+        self._open_bar(event)
+
+    def _open_bar(self, event: dict[str, Any]) -> None:
         self._epochs, self._steps_per_epoch = event["epochs"], event["steps_per_epoch"]
         if self.console.is_terminal:
             columns = (
@@ -82,7 +85,8 @@ class RunView:
             self._task = self._bar.add_task("training", total=self._epochs * self._steps_per_epoch)
 
     def _resume(self, event: dict[str, Any]) -> None:
-        self.console.print(f"      resumed after step {event['step']} (epoch {event['epoch']})")
+        self.console.print(f"      resumed after step {event['step']} (epoch {event['epoch']} of {event['epochs']})")
+        self._open_bar(event)
 
     def _step(self, event: dict[str, Any]) -> None:
         if self._bar is not None and self._task is not None:

@@ -48,7 +48,8 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         if progress is None:
             events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
         else:
-            emit({"event": "resume", "step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)})
+            where = {"step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)}
+            emit({"event": "resume", **where, "epochs": stage["epochs"], "steps_per_epoch": steps_per_epoch})
         loop = StageLoop(
             workload,
             step,

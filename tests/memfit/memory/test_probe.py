@@ -60,6 +60,22 @@ def test_runs_training_evaluation_and_a_checkpoint_write():
     assert probes[0].peak_bytes > 0
 
 
+def test_the_first_forward_pass_already_finds_optimizer_state():
+    made, seen = [], []
+
+    def optimizer(model):
+        made.append(torch.optim.Adam(model.parameters()))
+        return made[0]
+
+    def loss(model, batch):
+        seen.append(len(made[0].state))
+        return model(batch).mean()
+
+    chosen = program([])
+    measure(TrainingProgram(variants=chosen.variants, make_batch=chosen.make_batch, loss=loss, optimizer=optimizer))
+    assert set(seen) == {2}
+
+
 def test_step_seconds_are_those_of_the_whole_global_batch():
     probes, _ = measure(program([]))
     for probe in probes:
