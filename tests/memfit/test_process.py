@@ -171,6 +171,15 @@ def test_an_interrupt_in_the_parent_ends_the_child_and_is_raised_again(log):
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.fixture
+def interruptible():
+    """Let SIGINT raise, also where pytest was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_during_the_grace_still_ends_the_child(log):
     pids = []
 

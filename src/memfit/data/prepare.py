@@ -118,6 +118,7 @@ def _describe_series(spec: SeriesSpec, files: Sequence[SourceFile], series: Clos
         "frequency": series.frequency,
         "first_time": iso(series.times[0]),
         "last_time": iso(series.times[-1]),
+        "time_column": spec.time_column,
         "value_column": spec.value_column,
         "extra_columns": [*spec.extra_columns],
         "unit": spec.unit,

@@ -120,7 +120,7 @@ def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_
         log=request.log,
         on_event=listen,
         deadline_seconds=request.deadline_seconds,
-        grace_seconds=2.0,
+        grace_seconds=0.0,  # a probe has nothing to save
     )
     if outcome.status in ("oom", "timeout"):
         probes.append(

@@ -197,10 +197,10 @@ class SeriesWorkload:
 
     def _series_card(self) -> dict[str, Any]:
         manifest = self.manifest
-        keys = ("context", "lookback", "threshold", "extra_columns", "value_column", "class_edges", "unit", "frequency")
+        keys = ["context", "lookback", "threshold", "time_column", "value_column", "extra_columns"]
+        keys += ["class_edges", "unit", "frequency"]
         return {
             **{key: manifest[key] for key in keys},
-            "time_column": manifest.get("time_column"),
             "feature_spec": manifest["features"]["spec"],
             "feature_names": manifest["features"]["names"],
         }
