@@ -9,7 +9,7 @@ from pydantic import Field
 from memfit.cli import with_shortcuts
 from memfit.config import RunConfig, load_config
 from memfit.errors import ConfigError
-from memfit.memory.budget import PATTERN as BUDGET_PATTERN
+from memfit.memory.units import PATTERN as BUDGET_PATTERN
 from memfit.pipeline import Pipeline, open_run
 
 

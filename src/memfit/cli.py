@@ -1,9 +1,10 @@
-"""The command line: `memfit run | plan | train | evaluate | export | report`, without Prefect."""
+"""The command line: `memfit run | plan | train | evaluate | export | report | devices`, without Prefect."""
 
 import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,6 +165,82 @@ def report(
         runs=runs,
         store=store,
     )
+
+
+@app.command("devices", help="List what is here to train on, and the cards that can be planned for without being here.")
+def devices(as_json: Json = False) -> None:
+    """Show this machine's devices above the catalog."""
+    from memfit.memory.devices import CATALOG
+
+    document = {"here": {"cpu": _cpu_here(), "cuda": _cards_here()}, "catalog": [asdict(card) for card in CATALOG]}
+    typer.echo(json.dumps(document, indent=2) if as_json else _device_tables(document))
+
+
+def _cpu_here() -> dict[str, Any]:
+    from memfit.memory.devices import find_device
+    from memfit.memory.host import NO_LIMIT, cgroup_memory, host_memory, machine_memory
+
+    limit = cgroup_memory()[0]
+    return {
+        **asdict(find_device("cpu")),
+        "ram_bytes": machine_memory().total_bytes,
+        "free_bytes": host_memory().free_bytes,
+        "cgroup_limit_bytes": None if limit >= NO_LIMIT else limit,
+    }
+
+
+def _cards_here() -> list[dict[str, Any]]:
+    import torch
+
+    from memfit.memory.budget import device_memory, other_processes
+    from memfit.memory.devices import find_device
+
+    cards = []
+    for name in [] if torch.version.hip else [f"cuda:{index}" for index in range(torch.cuda.device_count())]:
+        try:
+            free_bytes = device_memory(name).free_bytes
+        except RuntimeError:  # too full for a context, or held exclusively by another process
+            free_bytes = None
+        cards.append({**asdict(find_device(name)), "free_bytes": free_bytes, "others": other_processes(name)})
+    return cards
+
+
+def _device_tables(document: dict[str, Any]) -> str:
+    cpu, cards = document["here"]["cpu"], document["here"]["cuda"]
+    limit = "none" if cpu["cgroup_limit_bytes"] is None else _gib(cpu["cgroup_limit_bytes"])
+    here = [
+        f"{cpu['name']:<8}{cpu['title']}, {cpu['multiprocessors']} cores, RAM {_gib(cpu['ram_bytes'])}, "
+        f"{_gib(cpu['free_bytes'])} free, cgroup limit {limit}"
+    ]
+    here += [_card_line(card) for card in cards] or ["cuda    none that this torch sees"]
+    heads = ("name", "card", "memory", "sm", "precisions", "attention kernels", "context")
+    rows = [heads, *(_card_row(card) for card in document["catalog"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    sources = "Contexts are approximate; --json says where each figure comes from."
+    return "\n".join(["Here", *here, "", "Catalog: plan for one with --device NAME", *table, "", sources])
+
+
+def _card_line(card: dict[str, Any]) -> str:
+    free = "unknown" if card["free_bytes"] is None else _gib(card["free_bytes"])
+    others = "".join(f"; process {pid} holds {_gib(used)}" for pid, used in card["others"])
+    return f"{card['name']:<8}{card['title']}, {_gib(card['memory_bytes'])}, {free} free{others}"
+
+
+def _card_row(card: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        card["name"],
+        card["title"],
+        _gib(card["memory_bytes"]),
+        ".".join(map(str, card["compute_capability"])),
+        " ".join(card["precisions"]),
+        " ".join(card["attention_kernels"]),
+        f"{card['context_bytes'] / 2**20:.0f} MiB",
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _interrupt(_signal: int, _frame: Any) -> None:

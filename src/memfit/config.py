@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError
-from memfit.memory.budget import PATTERN as BUDGET_PATTERN
+from memfit.memory.units import PATTERN as BUDGET_PATTERN
 from memfit.models.sizes import SIZES
 
 MAX_CONFIG_BYTES = 2**20

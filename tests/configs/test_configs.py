@@ -7,7 +7,7 @@ import torch
 
 from memfit.config import load_config, to_toml
 from memfit.data.features import feature_names
-from memfit.memory.budget import parse_bytes
+from memfit.memory.units import parse_bytes
 from memfit.models.multiscale import build_multiscale
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

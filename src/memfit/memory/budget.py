@@ -1,77 +1,98 @@
-"""Memory budgets: parsing what users write, measuring what there is, enforcing it in a child."""
+"""Memory budgets: what a user's words come to on a device, what is free there, and enforcing it in a child."""
 
 import contextlib
+import os
 import re
 import resource
-from dataclasses import dataclass
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from memfit.errors import ConfigError
+from memfit.memory.devices import Device, find_device, is_here
+from memfit.memory.host import Memory, host_memory
+from memfit.memory.units import parse_bytes, parse_share
 
-UNITS = {
-    "B": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-PATTERN = r"auto|\d+(\.\d+)?\s*(%|[KMGT]i?B|B)"
 MARGIN_BYTES = 512 * 2**20
-"""What `auto` leaves to everything else on the machine."""
-_FORMS = "'14GiB', '512MiB', '80%' or 'auto'"
+"""What `auto` leaves to everything else on the device, unless told otherwise; and the least that it gives."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a device has, and what of it is free now."""
+def resolve_budget(
+    text: str, device: str, margin_bytes: int = MARGIN_BYTES, user_devices: Sequence[Device] = ()
+) -> int:
+    """Turn '14GiB', '80%' (of the device's total) or 'auto' (free now, less a margin) into bytes.
 
-    total_bytes: int
-    free_bytes: int
-
-
-def parse_bytes(text: str) -> int:
-    """Parse an amount with its unit, such as '14GiB'."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)", text.strip())
-    if match is None:
-        raise ConfigError(f"budget: expected {_FORMS}, got {text!r}. Write a number and a unit.")
-    amount = int(float(match[1]) * UNITS[match[2]])
-    if amount <= 0:
-        raise ConfigError(f"budget: expected more than 0 bytes, got {text!r}. Raise it.")
-    return amount
-
-
-def resolve_budget(text: str, device: str) -> int:
-    """Turn '14GiB', '80%' (of the device's total) or 'auto' (free now, less a margin) into bytes."""
+    A device of the catalog is taken as empty: `auto` is its total less the margin. Raises: ConfigError for text that is
+    none of these, an unknown device, a negative margin, or more than a device of the catalog has.
+    """
+    if margin_bytes < 0:
+        raise ConfigError(f"margin: expected 0 bytes or more, got {margin_bytes}. Raise it.")
     text = text.strip()
     if text == "auto":
-        return max(device_memory(device).free_bytes - MARGIN_BYTES, MARGIN_BYTES)
+        return max(_memory_of(device, user_devices).free_bytes - margin_bytes, MARGIN_BYTES)
     if text.endswith("%"):
-        share = re.fullmatch(r"\d+(\.\d+)?", text[:-1].strip())
-        if share is None or not 0 < float(share[0]) <= 100:
-            raise ConfigError(f"budget: expected a share above 0 % and up to 100 %, got {text!r}. Or write {_FORMS}.")
-        return int(device_memory(device).total_bytes * float(share[0]) / 100)
-    return parse_bytes(text)
+        return max(int(parse_share(text) * _memory_of(device, user_devices).total_bytes), 1)
+    budget = parse_bytes(text)
+    if not is_here(device) and budget > (total := find_device(device, user_devices).memory_bytes):
+        raise ConfigError(
+            f"budget: expected at most the {total / 2**30:.2f} GiB of {device!r}, got {text!r:.80}. Lower it, or plan "
+            "for a larger card."
+        )
+    return budget
 
 
-def resolve_in_child(payload: dict[str, str], _emit: object) -> int:
+def _memory_of(device: str, user_devices: Sequence[Device]) -> Memory:
+    if is_here(device):
+        return device_memory(device.strip().lower())
+    total = find_device(device, user_devices).memory_bytes
+    return Memory(total, total)
+
+
+def resolve_in_child(payload: dict[str, Any], _emit: object) -> int:
     """Resolve a budget in a child process, so that the parent never touches the device."""
-    return resolve_budget(payload["budget"], payload["device"])
+    return resolve_budget(payload["budget"], payload["device"], payload.get("margin_bytes", MARGIN_BYTES))
 
 
 def device_memory(device: str) -> Memory:
-    """Measure a device. A CPU's memory is the smaller of the machine's and the container's limit."""
+    """Measure a device that is here.
+
+    CUDA: what cudaMemGetInfo reports: as in NVML's figures, what other processes hold is not free. Asking makes a
+    context in this process, which is not free either. CPU: the smaller of the machine's and the container's limit.
+    """
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
-    machine = _meminfo()
-    limit, used = _cgroup()
-    return Memory(min(machine.total_bytes, limit), min(machine.free_bytes, limit - used))
+    return host_memory()
+
+
+def other_processes(device: str) -> list[tuple[int, int]]:
+    """List (process id, bytes) of what others hold on a CUDA device, by nvidia-smi.
+
+    It explains why little is free, and nothing is planned with it: the list is empty on a CPU, without nvidia-smi, and
+    where a container, MIG or WSL hides other processes.
+    """
+    command, card = shutil.which("nvidia-smi"), _card_uuid(device)
+    if command is None or card is None:
+        return []
+    query = [command, "-i", card, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (re.fullmatch(r"\s*([0-9]+)\s*,\s*([0-9]+)\s*", line) for line in said.splitlines())
+    found = [(int(row[1]), int(row[2]) * 2**20) for row in rows if row is not None]
+    return [(pid, used) for pid, used in found if pid != os.getpid()]
+
+
+def _card_uuid(device: str) -> str | None:
+    """Identify a card for nvidia-smi, whose numbers ignore CUDA_VISIBLE_DEVICES."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def check_device(device: str) -> str:
@@ -82,6 +103,10 @@ def check_device(device: str) -> str:
         raise ConfigError(f"device: expected 'cpu', 'cuda' or 'cuda:n', got {device!r}.") from error
     if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected 'cpu', 'cuda' or 'cuda:n', got {device!r}. Other kinds are not supported.")
+    if parsed.type == "cuda" and torch.version.hip is not None:
+        raise ConfigError(
+            f"device: {device!r} is a ROCm device here, and memfit runs on CUDA and CPU. Use --device cpu."
+        )
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: {device!r} is not here: this torch sees {torch.cuda.device_count()} CUDA devices. "
@@ -137,40 +162,3 @@ def process_status() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     pairs = (line.split() for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): int(amount) * 1024 for name, amount, _ in pairs}
-
-
-def _meminfo() -> Memory:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return Memory(values["MemTotal"], values["MemAvailable"])
-
-
-def _cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
-    """Find the tightest memory limit of this process's groups (v1 and v2), and what is used under it."""
-    folders = [root, root / "memory"]
-    for line in own.read_text(encoding="utf-8").splitlines():
-        _, controllers, name = line.split(":", 2)
-        base = root if not controllers else root / "memory"
-        if not controllers or "memory" in controllers.split(","):
-            path = Path(name.lstrip("/"))
-            folders += [base / part for part in (path, *path.parents)]
-    found = [(2**62, 0)]
-    for folder in dict.fromkeys(folders):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            with contextlib.suppress(OSError, ValueError):  # absent, or the word "max": no limit here
-                limit = int((folder / limit_name).read_text(encoding="ascii"))
-                used = int((folder / used_name).read_text(encoding="ascii"))
-                found.append((limit, max(used - _reclaimable(folder), 0)))
-    return min(found)
-
-
-def _reclaimable(folder: Path) -> int:
-    """Read how much of a group's usage is file cache that the kernel gives back before it kills (v2, v1)."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        stat = dict(line.split(" ", 1) for line in lines)
-        return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
-    return 0

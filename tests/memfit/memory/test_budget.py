@@ -1,5 +1,6 @@
-"""Budgets: what users may write, what containers allow, and that a child really keeps to it."""
+"""Budgets: what they come to on a device, and that a child really keeps to them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,34 +8,12 @@ import torch
 
 from memfit.errors import ConfigError
 from memfit.memory import budget
-from memfit.memory.budget import Memory, parse_bytes, resolve_budget
+from memfit.memory.budget import resolve_budget
+from memfit.memory.devices import Device
+from memfit.memory.host import Memory
 from memfit.process import run_child
 
 MIB, GIB = 2**20, 2**30
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("14GiB", 14 * GIB),
-        ("512 MiB", 512 * MIB),
-        (" 1.5GiB ", 1536 * MIB),
-        ("2GB", 2_000_000_000),
-        ("1KiB", 1024),
-        ("3TB", 3 * 10**12),
-        ("7B", 7),
-    ],
-)
-def test_reads_amounts_with_their_unit(text, expected):
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "14", "GiB", "14gib", "14 Gib", "-1GiB", "1,5GiB", "1e3MiB", "14GiBs", "14G", "0GiB", "inf", "nanGiB"]
-)
-def test_refuses_amounts_that_could_be_misread(text):
-    with pytest.raises(ConfigError, match=r"budget: expected .*, got "):
-        parse_bytes(text)
 
 
 @pytest.fixture
@@ -58,75 +37,80 @@ def test_auto_is_never_nothing(monkeypatch):
     assert resolve_budget("auto", "cpu") > 0
 
 
-@pytest.mark.parametrize("text", ["0%", "101%", "-5%", "%", "five%", "Auto", "all"])
-def test_refuses_shares_and_words_that_mean_nothing(machine, text):
+@pytest.mark.parametrize(("margin_bytes", "expected"), [(0, 3 * GIB), (GIB, 2 * GIB)])
+def test_the_margin_is_the_users(machine, margin_bytes, expected):
+    assert resolve_budget("auto", "cpu", margin_bytes) == expected
+
+
+def test_refuses_a_negative_margin(machine):
+    with pytest.raises(ConfigError, match="margin: expected 0 bytes or more, got -1"):
+        resolve_budget("auto", "cpu", -1)
+
+
+@pytest.mark.parametrize(
+    "text", ["0%", "101%", "-5%", "%", "five%", "Auto", "all", "nan", "inf", "nan%", "-1GiB", "0B"]
+)
+@pytest.mark.parametrize("device", ["cpu", "t4"])
+def test_refuses_shares_and_words_that_mean_nothing(machine, text, device):
     with pytest.raises(ConfigError, match="budget: expected"):
-        resolve_budget(text, "cpu")
+        resolve_budget(text, device)
 
 
-def cgroups(tmp_path: Path, lines: str, files: dict[str, str]) -> tuple[int, int]:
-    own = tmp_path / "own"
-    own.write_text(lines, encoding="utf-8")
-    for name, text in files.items():
-        path = tmp_path / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="ascii")
-    return budget._cgroup(tmp_path / "root", own)
+T4_BYTES = 15828320256
 
 
-def test_v2_takes_the_tightest_limit_from_the_group_up_to_the_root(tmp_path):
-    found = cgroups(
-        tmp_path,
-        "0::/user/job\n",
-        {
-            "user/job/memory.max": "max\n",
-            "user/job/memory.current": "100\n",
-            "user/memory.max": "3000\n",
-            "user/memory.current": "1200\n",
-            "memory.max": "9000\n",
-            "memory.current": "1500\n",
-        },
-    )
-    assert found == (3000, 1200)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", T4_BYTES - 512 * MIB), ("80%", T4_BYTES * 8 // 10), ("100%", T4_BYTES), ("14GiB", 14 * GIB)],
+)
+def test_a_card_of_the_catalog_counts_as_empty(text, expected):
+    assert resolve_budget(text, "t4") == expected
 
 
-def test_v1_reads_the_memory_controllers_own_tree(tmp_path):
-    found = cgroups(
-        tmp_path,
-        "5:cpu,cpuacct:/other\n4:memory:/job\n0::/ignored\n",
-        {
-            "memory/job/memory.limit_in_bytes": "4000\n",
-            "memory/job/memory.usage_in_bytes": "1000\n",
-            "memory/memory.limit_in_bytes": "9223372036854771712\n",
-            "memory/memory.usage_in_bytes": "77\n",
-            "memory/other/memory.limit_in_bytes": "1\n",
-            "memory/other/memory.usage_in_bytes": "1\n",
-        },
-    )
-    assert found == (4000, 1000)
+def test_a_users_own_card_has_budgets_too():
+    card = Device.from_mapping({"name": "card", "memory": "24GiB", "compute_capability": "8.6"})
+    assert resolve_budget("50%", "card", user_devices=[card]) == 12 * GIB
+    with pytest.raises(ConfigError, match="'card' is not known"):
+        resolve_budget("50%", "card")
 
 
-def test_a_container_sees_its_own_group_at_the_mount_root(tmp_path):
-    files = {"memory/memory.limit_in_bytes": "5000\n", "memory/memory.usage_in_bytes": "600\n"}
-    assert cgroups(tmp_path, "4:memory:/docker/0123abc\n", files) == (5000, 600)
+def test_refuses_more_than_a_card_of_the_catalog_has():
+    with pytest.raises(ConfigError, match=r"at most the 14\.74 GiB of 't4', got '16GiB'"):
+        resolve_budget("16GiB", "t4")
 
 
-@pytest.mark.parametrize("key", ["inactive_file", "total_inactive_file"])
-def test_file_cache_does_not_count_as_used(tmp_path, key):
-    files = {"memory.max": "5000\n", "memory.current": "4500\n", "memory.stat": f"anon 500\n{key} 3900\nshmem 0\n"}
-    assert cgroups(tmp_path, "0::/\n", files) == (5000, 600)
+def test_bytes_need_no_look_at_the_device(monkeypatch):
+    monkeypatch.setattr(budget, "device_memory", None)
+    assert resolve_budget("2GiB", "cuda:7") == 2 * GIB
 
 
-def test_no_limit_is_none(tmp_path):
-    limit, used = cgroups(tmp_path, "0::/\n", {"memory.max": "max\n", "memory.current": "5\n"})
-    assert limit >= 2**62
-    assert used == 0
+SMI = """#!/bin/sh
+[ "$1 $2" = "-i GPU-7" ] || exit 6
+printf '100, 1024\n{own}, 300\n[N/A], [N/A]\n  200 ,  5 \n'
+"""
 
 
-def test_a_cpu_has_no_more_than_its_container_allows(monkeypatch):
-    monkeypatch.setattr(budget, "_meminfo", lambda: Memory(64 * GIB, 40 * GIB))
-    monkeypatch.setattr(budget, "_cgroup", lambda: (8 * GIB, 3 * GIB))
-    assert budget.device_memory("cpu") == Memory(8 * GIB, 5 * GIB)
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """Put a program of that name on the path that knows the card GPU-7."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI.format(own=os.getpid()), encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return program
+
+
+def test_lists_what_other_processes_hold_on_a_card(monkeypatch, nvidia_smi):
+    monkeypatch.setattr(budget, "_card_uuid", lambda _device: "GPU-7")
+    assert budget.other_processes("cuda") == [(100, 1024 * MIB), (200, 5 * MIB)]
+
+
+def test_the_list_of_other_processes_is_empty_where_nobody_can_tell(monkeypatch, nvidia_smi):
+    assert budget.other_processes("cpu") == []
+    monkeypatch.setattr(budget, "_card_uuid", lambda _device: "MIG-1")
+    assert budget.other_processes("cuda") == []
+    nvidia_smi.unlink()
+    assert budget.other_processes("cuda") == []
 
 
 def test_measures_this_machine():
@@ -139,6 +123,12 @@ def test_measures_this_machine():
 def test_refuses_devices_of_another_kind(device):
     with pytest.raises(ConfigError, match="device: expected 'cpu', 'cuda' or 'cuda:n'"):
         budget.check_device(device)
+
+
+def test_refuses_rocm_which_torch_calls_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ConfigError, match="ROCm"):
+        budget.check_device("cuda")
 
 
 def test_never_falls_back_to_another_device():
@@ -174,3 +164,9 @@ def test_a_budget_is_resolved_in_a_child_too(tmp_path):
         "memfit.memory.budget:resolve_in_child", {"budget": "3GiB", "device": "cpu"}, log=tmp_path / "log"
     )
     assert outcome.unwrap("resolving") == 3 * GIB
+
+
+def test_a_child_takes_the_margin_too(monkeypatch):
+    monkeypatch.setattr(budget, "device_memory", lambda _device: Memory(8 * GIB, 3 * GIB))
+    payload = {"budget": "auto", "device": "cpu", "margin_bytes": GIB}
+    assert budget.resolve_in_child(payload, None) == 2 * GIB
