@@ -9,6 +9,7 @@ from pydantic import Field
 from memfit.cli import with_shortcuts
 from memfit.config import RunConfig, load_config
 from memfit.errors import ConfigError
+from memfit.memory.devices import CATALOG
 from memfit.memory.units import PATTERN as BUDGET_PATTERN
 from memfit.pipeline import Pipeline, open_run
 
@@ -37,6 +38,11 @@ Device = Annotated[
     str,
     Field(pattern=r"^(cpu|cuda(:\d+)?)?$"),
     _described("cpu, cuda or cuda:n. Empty: the config's device."),
+]
+PlannedDevice = Annotated[
+    str,
+    Field(pattern=rf"^(cpu|cuda(:\d+)?|{'|'.join(card.name for card in CATALOG)})?$"),
+    _described("cpu, cuda, cuda:n, or a card that is not here, such as t4. Empty: the config's device."),
 ]
 RunDir = Annotated[
     str,

@@ -18,7 +18,7 @@ def plan_config(
     config: given.ConfigPath,
     overrides: given.Overrides = (),
     budget: given.Budget = "",
-    device: given.Device = "",
+    device: given.PlannedDevice = "",
     run_dir: given.RunDir = "",
     resume: given.Resume = False,
     fresh: given.Fresh = False,

@@ -32,6 +32,7 @@ def train_model(
     """Prepare data, find out how every stage fits into the budget, train, evaluate, export ONNX, and report."""
     settings = given.read_parameters(config, overrides, budget, device)
     opened = given.open_directory(settings, run_dir=run_dir, resume=resume, fresh=fresh, runs=runs, store=store)
+    opened.check_trainable()
     where = (str(opened.run.path), str(opened.store), fresh)
     with opened.run.locked():
         prepare_data(*where)

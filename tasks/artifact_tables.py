@@ -22,6 +22,7 @@ def plan_rows(plans: Sequence[Mapping[str, Any]]) -> list[Row]:
             "checkpointing": plan["checkpointing"],
             "variant": plan["variant"],
             "peak MiB": _mib(plan["measured_peak_bytes"]),
+            "predicted MiB": _mib(plan["predicted_peak_bytes"]),
             "budget MiB": _mib(plan["budget_bytes"]),
             "samples/s": _rounded(plan["samples_per_second"]),
             "probes": len(plan["probes"]),

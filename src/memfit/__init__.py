@@ -1,20 +1,34 @@
 """Training for PyTorch that fits the memory you have.
 
-`TrainingProgram` and `TrainingStep` are here for one's own loops; torch is imported when one of them is asked for.
+`plan`, `estimate`, `TrainingProgram` and `TrainingStep` are here for one's own loops; torch is imported when one of
+them is asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memfit.memory.devices import Device
+    from memfit.memory.estimate import Estimate, estimate
+    from memfit.memory.in_memory import plan
+    from memfit.memory.plan import Plan
     from memfit.step import TrainingProgram, TrainingStep
 
 __version__ = "0.1.0"
-__all__ = ["TrainingProgram", "TrainingStep", "__version__"]
+__all__ = ["Device", "Estimate", "Plan", "TrainingProgram", "TrainingStep", "__version__", "estimate", "plan"]
+
+_ROOMS = {
+    "Device": "memfit.memory.devices",
+    "Estimate": "memfit.memory.estimate",
+    "Plan": "memfit.memory.plan",
+    "TrainingProgram": "memfit.step",
+    "TrainingStep": "memfit.step",
+    "estimate": "memfit.memory.estimate",
+    "plan": "memfit.memory.in_memory",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("TrainingProgram", "TrainingStep"):
-        from memfit import step
-
-        return getattr(step, name)
+    if name in _ROOMS:
+        return getattr(import_module(_ROOMS[name]), name)
     raise AttributeError(f"module 'memfit' has no attribute {name!r}")

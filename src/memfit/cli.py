@@ -133,10 +133,48 @@ def with_shortcuts(overrides: list[str], budget: str | None, device: str | None)
 
 
 _command("run", "report", "Run every step: prepare, plan, train, evaluate, export, report.")
-_command("plan", "plan", "Prepare the data and find out how every stage fits into the budget.")
 _command("train", "train", "Run up to the end of training.")
 _command("evaluate", "evaluate", "Run up to the scores on the test rows, beside baselines.")
 _command("export", "export", "Run up to the checked ONNX bundle.")
+
+
+@app.command("plan", help="Prepare the data and find out how every stage fits into the budget.")
+def plan(
+    target: Target,
+    overrides: Overrides = None,
+    budget: Budget = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:n, or a card that is not here: see `memfit devices`. Sets plan.device."),
+    ] = None,
+    estimate_only: Annotated[
+        bool, typer.Option("--estimate-only", help="Predict and run nothing; always so for a card that is not here.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw every stage's memory over one step into this PNG.")] = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    as_json: Json = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Plan every stage, and say what was considered."""
+    settings = with_shortcuts(overrides or [], budget, device)
+    summary = run_until(
+        "plan",
+        target,
+        overrides=[*settings, "plan.estimate_only=true"] if estimate_only else settings,
+        run_dir=run_dir,
+        resume=resume,
+        fresh=fresh,
+        as_json=as_json,
+        runs=runs,
+        store=store,
+    )
+    if plot is not None:
+        from memfit.report.memory_timeline import save_timelines
+
+        save_timelines(summary["plans"], plot)
 
 
 @app.command("report", help="Write report.html of a run, finished or not; with a config, run every step first.")

@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError
+from memfit.memory.devices import PATTERN as DEVICE_PATTERN
+from memfit.memory.devices import find_device, is_here, read_devices
 from memfit.memory.units import PATTERN as BUDGET_PATTERN
 from memfit.models.sizes import SIZES
 
@@ -327,8 +338,12 @@ class Planning(Part):
 
     budget: Annotated[str, StringConstraints(pattern=rf"^({BUDGET_PATTERN})$")] = "auto"
     """`14GiB`, `512MiB`, `80%` of the device, or `auto`: what is free now, less a margin."""
-    device: Annotated[str, StringConstraints(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """`cpu`, `cuda` or `cuda:n`; never another one silently."""
+    devices: tuple[dict[str, Any], ...] = ()
+    """Cards that `memfit devices` does not list: name, memory, compute_capability and more."""
+    device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = "cpu"
+    """`cpu`, `cuda` or `cuda:n`; never another one silently. To plan only: a card of `memfit devices`, such as `t4`."""
+    estimate_only: bool = False
+    """Predict the plan and run nothing; only `memfit plan` takes it."""
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32",)
     """Precisions that are allowed; the fastest that fits is taken."""
     checkpointing: Annotated[tuple[Literal["none", "blocks"], ...], Field(min_length=1)] = ("none", "blocks")
@@ -337,6 +352,16 @@ class Planning(Part):
     """Lighter variants of the model that are allowed where the wanted one does not fit, in this order."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Longest time for one probing child."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str, info: ValidationInfo) -> str:
+        if not is_here(device):
+            try:
+                find_device(device, read_devices(info.data.get("devices", ())))
+            except ConfigError as error:
+                raise ValueError(f"expected a known device, got {device!r}. {error}") from error
+        return device
 
 
 class Export(Part):

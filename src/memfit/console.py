@@ -51,11 +51,16 @@ class RunView:
             self._last_line = now
             self.console.print(f"      {event['message']}, {event['share']:.0%}")
 
+    def _replan(self, event: dict[str, Any]) -> None:
+        self.console.print(f"      {event['stage']}: planned anew, as {', '.join(event['changed'])} changed")
+
     def _probe(self, event: dict[str, Any]) -> None:
         probe = event["probe"]
-        peak = f"{probe['peak_bytes'] / MIB:,.0f} MiB" if probe["peak_bytes"] else "-"
+        num_bytes = probe["peak_bytes"] or probe["predicted_bytes"]
+        peak = f"{num_bytes / MIB:,.0f} MiB" if num_bytes else "-"
         rate = f"{_rate(probe['samples_per_second'])} samples/s" if probe["samples_per_second"] else "-"
-        kind = "confirm" if probe["verifying"] else "probe"
+        kind = "estimate" if probe["peak_bytes"] is None and num_bytes else "probe"
+        kind = "confirm" if probe["verifying"] and kind == "probe" else kind
         self.console.print(
             f"      {event['stage']}: {kind} micro {probe['micro_batch_size']} x {probe['accumulation_steps']}, "
             f"{probe['precision']}, checkpointing {probe['checkpointing']}: {probe['outcome']}, {peak}, {rate}"
@@ -116,6 +121,12 @@ class RunView:
             self._bar = None
 
 
+def _peak(plan: dict[str, Any]) -> str:
+    if plan["verified"]:
+        return f"{plan['measured_peak_bytes'] / MIB:,.0f} MiB"
+    return f"{plan['predicted_peak_bytes'] / MIB:,.0f} MiB predicted, {plan['upper_peak_bytes'] / MIB:,.0f} at most"
+
+
 def _rate(samples_per_second: float | None) -> str:
     if samples_per_second is None:
         return "-"
@@ -140,7 +151,7 @@ def show_plans(console: Console, plans: list[dict[str, Any]]) -> None:
             plan["precision"],
             plan["checkpointing"],
             str(plan["variant"]),
-            f"{(plan['measured_peak_bytes'] or 0) / MIB:,.0f} MiB",
+            _peak(plan),
             f"{plan['budget_bytes'] / MIB:,.0f} MiB",
             _rate(plan["samples_per_second"]),
         )

@@ -16,9 +16,10 @@ import memfit
 from memfit.config import RunConfig, Stage, load_config, to_toml
 from memfit.data.prepare import prepare_series, prepared_fingerprint
 from memfit.data.spec import SeriesSpec
-from memfit.errors import DoesNotFitError, RunStateError
+from memfit.errors import ConfigError, DoesNotFitError, RunStateError
 from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
 from memfit.memory.budget import check_device, resolve_budget
+from memfit.memory.devices import is_here, read_devices
 from memfit.memory.plan import Plan, Probe
 from memfit.memory.planner import PlanRequest, plan_stage
 from memfit.memory.probe import HEADROOM
@@ -70,8 +71,20 @@ class Pipeline:
 
     def steps_until(self, last: str) -> list[str]:
         """Name the steps up to one of prepare, plan, train, evaluate, export or report."""
+        if last not in ("prepare", "plan"):
+            self.check_trainable()
         index = max(i for i, step in enumerate(self.steps) if step.split(":")[0] == last)
         return self.steps[: index + 1]
+
+    def check_trainable(self) -> None:
+        """Refuse, before any work, to train with plans that nobody has run. Raises: ConfigError."""
+        settings = self.config.plan
+        if settings.estimate_only or not is_here(settings.device):
+            why = "plan.estimate_only" if settings.estimate_only else f"the device {settings.device!r}"
+            raise ConfigError(
+                f"train: expected a plan that is run before it is trained with, got {why}, for which a plan is only "
+                "predicted. Use `memfit plan`, or train with --device cpu, cuda or cuda:n."
+            )
 
     def perform(self, step: str) -> None:
         """Reuse, resume or run one step; the steps before it must be done."""
@@ -154,23 +167,42 @@ class Pipeline:
     @cached_property
     def _budget_bytes(self) -> int:
         settings = self.config.plan
-        if settings.device == "cpu":
-            return resolve_budget(settings.budget, "cpu")
+        if settings.device == "cpu" or not is_here(settings.device):
+            return resolve_budget(settings.budget, settings.device, user_devices=read_devices(settings.devices))
         payload = {"budget": settings.budget, "device": settings.device}
         outcome = run_child("memfit.memory.budget:resolve_in_child", payload, log=self._log("device"))
         return int(outcome.unwrap("measuring the device"))
 
-    def _plan_key(self, stage: Stage, variant: str) -> str:
+    def _plan_parts(self, stage: Stage, variant: str) -> dict[str, str]:
+        """Fingerprint what a plan depends on, part by part."""
         job = {key: value for key, value in self._job(stage).items() if key != "data_dir"}
         settings = self.config.plan.model_dump(mode="json")
-        machine = environment()
-        return fingerprint(
-            {"job": job, "variant": variant, "data": self.data_key, "plan": settings, "machine": machine}
-            | {"code": code_version("plan")}
-        )
+        parts = {
+            "the budget": settings.pop("budget"),
+            "the stage or the model": {"job": job, "variant": variant},
+            "the data": self.data_key,
+            "the planning settings": settings,
+            "the machine, the driver or torch": environment(),
+            "memfit's code": code_version("plan"),
+        }
+        return {name: fingerprint(part) for name, part in parts.items()}
+
+    def _plan_key(self, stage: Stage, variant: str) -> str:
+        return fingerprint(self._plan_parts(stage, variant))
+
+    def _say_what_changed(self, stage: Stage, variant: str) -> None:
+        """Tell why the plan of an earlier run of this name is not taken, and leave word for the next run."""
+        latest = self.store / "planned" / f"{fingerprint([self.config.name, stage.name, variant])}.json"
+        parts = self._plan_parts(stage, variant)
+        before = read_json(latest) if latest.exists() else {}
+        changed = [name for name, digest in parts.items() if before and before.get(name) != digest]
+        if changed:
+            self.on_event({"event": "replan", "stage": stage.name, "changed": changed})
+        write_json(latest, parts)
 
     def _plan(self) -> None:
-        check_device(self.config.plan.device)
+        if is_here(self.config.plan.device):
+            check_device(self.config.plan.device)
         keys = [self._plan_key(stage, variant) for stage in self.config.stages for variant in self._variants]
         digest = fingerprint(keys)
         if self.run.done("plan", digest) and (self.run.path / "plan.json").exists():
@@ -211,10 +243,11 @@ class Pipeline:
         if stored.exists() and not self.fresh:
             try:
                 plan = Plan.from_dict(read_json(stored))
-                if (plan.measured_peak_bytes or 0) <= self._budget_bytes * (1 - HEADROOM):
+                if (plan.measured_peak_bytes or plan.upper_peak_bytes or 0) <= self._budget_bytes * (1 - HEADROOM):
                     return replace(plan, budget_bytes=self._budget_bytes), True  # `auto` differs from day to day
             except (ValueError, TypeError, KeyError, RunStateError):
                 stored.unlink()  # torn or of another version: plan again
+        self._say_what_changed(stage, variant)
         settings = self.config.plan
         request = PlanRequest(
             stage=stage.name,
@@ -229,6 +262,8 @@ class Pipeline:
             fingerprint=key,
             clip=stage.clip or None,
             deadline_seconds=settings.deadline_seconds,
+            estimate_only=settings.estimate_only,
+            user_devices=settings.devices,
             known=known,
             log=self._log("plan"),
         )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memfit.errors import ConfigError
+
 Batch = Any
 """A tensor, or a mapping, list or tuple of batches; the first dimension of every tensor is the sample."""
 
@@ -65,12 +67,14 @@ def micro_batch_sizes(num_samples: int, accumulation_steps: int) -> list[int]:
 class TrainingProgram:
     """What is trained, without saying how it fits into memory."""
 
-    variants: Mapping[str, Callable[[], nn.Module]]
+    build_model: Callable[[], nn.Module] | None = None
+    """Builds the model; short for one variant of that name."""
+    variants: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     """Model builders by name; the first is the default."""
-    make_batch: Callable[[int, int | None], Batch]
-    """(n, seq_len) -> n worst-case samples on the host."""
-    loss: Callable[[nn.Module, Batch], Mapping[str, Tensor] | Tensor]
-    """A sum per term, weights included; or one scalar, the mean over the samples."""
+    make_batch: Callable[..., Batch]
+    """(n, seq_len=None) -> n worst-case samples on the host."""
+    loss: Callable[[nn.Module, Batch], Mapping[str, Tensor] | Tensor] | None = None
+    """A sum per term, weights included; or one scalar, the mean over the samples. None: only a user's own step runs."""
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     count: Callable[[Batch], Mapping[str, float]] | None = None
     """How much each term of a batch counts, known before the forward pass; default: the number of samples."""
@@ -83,6 +87,16 @@ class TrainingProgram:
     """Writes a checkpoint into a folder."""
     min_micro_batch_size: int = 1
     """Smallest micro-batch allowed, for layers with batch statistics."""
+    decomposes: bool = True
+    """Whether the loss is a sum over samples; a contrastive loss is not, and then a batch is never cut."""
+
+    def __post_init__(self) -> None:
+        if (self.build_model is None) == (not self.variants):
+            got = "both" if self.variants else "neither"
+            raise ConfigError(f"TrainingProgram: expected either build_model or variants, got {got}. Give one of them.")
+        if self.build_model is not None:
+            object.__setattr__(self, "variants", {"default": self.build_model})
+            object.__setattr__(self, "build_model", None)
 
     def build(self, variant: str | None = None) -> nn.Module:
         """Build a variant, the default one if None."""
@@ -147,6 +161,8 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
 
 def loss_terms(program: TrainingProgram, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Evaluate the program's loss as sums per term; a scalar mean becomes the sum of one term."""
+    if program.loss is None:
+        raise ConfigError("TrainingProgram: expected a loss, got None. Give one, or estimate with a step of your own.")
     loss = program.loss(model, batch)
     return loss if isinstance(loss, Mapping) else {"loss": loss * num_samples(batch)}
 

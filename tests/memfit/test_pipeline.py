@@ -293,7 +293,7 @@ def test_a_variant_that_the_config_does_not_allow_is_never_taken(planned):
 
 def test_a_stored_plan_serves_any_budget_that_holds_it(planned, monkeypatch):
     budgets = {"auto": 4 * 2**30}
-    monkeypatch.setattr(pipelines, "resolve_budget", lambda text, _device: budgets[text])
+    monkeypatch.setattr(pipelines, "resolve_budget", lambda text, *_args, **_options: budgets[text])
     _, planner = planned(lambda _: True, "plan.budget=auto")
     assert len(planner.asked) == 2
     budgets["auto"] = 3 * 2**30

@@ -13,6 +13,7 @@ PLAN = {
     "checkpointing": "blocks",
     "variant": "full",
     "measured_peak_bytes": 401 * 2**20 + 2**19,
+    "predicted_peak_bytes": 395 * 2**20,
     "samples_per_second": 123.456789,
     "probes": [{}, {}, {}],
     "reason": "the fastest that fits",
@@ -22,6 +23,7 @@ PLAN = {
 def test_plan_row_gives_memory_in_mib_and_counts_probes():
     (row,) = plan_rows([PLAN])
     assert (row["peak MiB"], row["budget MiB"], row["samples/s"], row["probes"]) == (401.5, 2048.0, 123.46, 3)
+    assert row["predicted MiB"] == 395.0
     assert (row["micro batch"], row["accumulation steps"], row["why"]) == (16, 4, "the fastest that fits")
 
 

@@ -14,6 +14,8 @@ from memfit.memory.device_settings import ATTENTION_KERNELS, PRECISIONS, read_se
 from memfit.memory.host import host_memory, num_cores, processor_title
 
 MIB = 2**20
+PATTERN = r"^[A-Za-z][A-Za-z0-9 _:.-]{1,63}$"
+"""What a device's name looks like; whether there is such a device, `find_device` knows."""
 _HERE = r"cpu|cuda(:[0-9]+)?"
 _UNSUPPORTED = r"(mps|rocm|hip|xpu|tpu|xla|npu|hpu)(:[0-9]+)?"
 
@@ -180,6 +182,11 @@ def find_device(text: str, user_devices: Sequence[Device] = ()) -> Device:
         f"device: {text!r:.80} is not known; the nearest valid one is {known[near[0]].name!r}. Write cpu, cuda, cuda:n "
         f"or one of {_names((*user_devices, *CATALOG))}; or describe the card in the config."
     )
+
+
+def read_devices(settings: Iterable[Mapping[str, Any]]) -> list[Device]:
+    """Make cards from a user's settings, one after the other."""
+    return [Device.from_mapping(each) for each in settings]
 
 
 def _names(devices: Iterable[Device]) -> str:

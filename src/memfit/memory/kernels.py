@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from memfit.memory.devices import Device
 
@@ -27,7 +28,7 @@ def _words(text: str) -> frozenset[str]:
 # torch's documentation of torch.amp, and aten/src/ATen/autocast_mode.h. Other operators follow their inputs.
 _LOWER = _words("""
     __matmul__ __rmatmul__ addbmm addmm addmv addr baddbmm bmm chain_matmul linear matmul mm mv conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution prelu multi_dot einsum bilinear
+    conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution prelu multi_dot einsum linalg_vecdot
     scaled_dot_product_attention lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     """)
 _CUDA_ONLY_LOWER = frozenset(("prelu", "mv", "addmv", "addr"))
@@ -37,7 +38,10 @@ _CUDA_FP32 = _words("""
     layer_norm native_layer_norm log log10 log_softmax log1p log2 margin_ranking_loss mse_loss
     multilabel_margin_loss multi_margin_loss nll_loss nll_loss_nd cross_entropy_loss huber_loss norm pdist
     poisson_nll_loss pow prod reciprocal renorm rsqrt sinh smooth_l1_loss soft_margin_loss softmax sum softplus tan
-    triplet_margin_loss grid_sampler
+    triplet_margin_loss rms_norm logsumexp frobenius_norm nuclear_norm linalg_vector_norm linalg_matrix_norm
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d
+    upsample_bicubic2d _upsample_bicubic2d_aa
     """)
 _CPU_FP32 = _words("""
     avg_pool3d binary_cross_entropy grid_sampler polar prod quantile nanquantile stft cdist trace view_as_complex
@@ -46,7 +50,7 @@ _CPU_FP32 = _words("""
     triplet_margin_loss multi_margin_loss ctc_loss kl_div multilabel_margin_loss binary_cross_entropy_with_logits
     """)
 _PROMOTE = _words("""
-    addcdiv addcmul atan2 cross dot index_put scatter_add tensordot vdot index_copy
+    addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put scatter_add tensordot index_copy
     """)
 _RNN_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 _RESERVED_PER_CELL = {"rnn_relu": 2, "rnn_tanh": 2, "lstm": 6, "gru": 5}
@@ -91,11 +95,18 @@ class Autocast:
 class Kernels(TorchFunctionMode):
     """Sends operators the way that the wanted device's kernels go."""
 
-    def __init__(self, device: Device, is_host: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        is_host: Callable[[Tensor], bool],
+        on_move: Callable[[Tensor], None] = lambda _tensor: None,
+    ) -> None:
         super().__init__()
         self.device = device
         self.autocast = Autocast(device.kind)
         self._is_host = is_host
+        self._on_move = on_move
+        self._factories = _device_constructors()
         cuda = device.kind == "cuda"
         self._fp32 = _CUDA_FP32 if cuda else _CPU_FP32
         self._lower = _LOWER if cuda else _LOWER - _CUDA_ONLY_LOWER
@@ -104,12 +115,21 @@ class Kernels(TorchFunctionMode):
         """Rewrite devices, apply autocast, pick the kernel."""
         kwargs = _to_meta(kwargs) if kwargs else {}
         name = getattr(func, "__name__", "")
+        if func in self._factories and "device" not in kwargs:
+            return self._make(func, args, kwargs)
         if name in ("to", "cuda", "cpu"):
             return self._move(func, name, args, kwargs)
         if self.autocast.dtype is not None:
             args, kwargs = self._precision(name, args, kwargs, self.autocast.dtype)
         special = getattr(self, "_" + name, None) if name in _SPECIAL else None
         return special(func, args, kwargs) if special else func(*args, **kwargs)
+
+    def _make(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make a tensor on the default device, which on a CPU is the pretended one; single numbers stay real."""
+        if self.device.kind != "cpu":
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs, device="meta")
+        return func(*args, **kwargs) if made.dim() == 0 else made
 
     def _precision(self, name: str, args: Any, kwargs: dict[str, Any], lower: torch.dtype) -> tuple[Any, Any]:
         if name in self._lower:
@@ -128,15 +148,20 @@ class Kernels(TorchFunctionMode):
     def _move(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         tensor = args[0]
         if name == "cuda":
-            return torch.empty_like(tensor, device="meta") if self._is_host(tensor) else tensor
+            return self._arrived(tensor, None) if self._is_host(tensor) else tensor
         if name == "cpu":
             return tensor.detach()
         args = tuple(_to_meta(args))
         wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, str | torch.device)]
         if wanted and torch.device(wanted[0]).type == "meta" and self._is_host(tensor):
             dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
-            return torch.empty_like(tensor, device="meta", dtype=dtypes[0] if dtypes else None)
+            return self._arrived(tensor, dtypes[0] if dtypes else None)
         return func(*args, **kwargs)
+
+    def _arrived(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        moved = torch.empty_like(tensor, device="meta", dtype=dtype)
+        self._on_move(moved)
+        return moved
 
     def _dropout(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         x, p, train = _bind(("input", "p", "train"), args, kwargs)
@@ -165,8 +190,11 @@ class Kernels(TorchFunctionMode):
     def _recurrent(self, mode: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a whole recurrent stack as one fused kernel: outputs, states and one reserve for the backward pass."""
         packed = isinstance(args[1], Tensor) and not isinstance(args[2], Tensor | list | tuple | bool)
-        if self.device.kind != "cuda" or packed or kwargs:
+        if packed or kwargs:
             return func(*args, **kwargs)
+        if self.device.kind == "cpu":
+            plain = mode != "lstm" or args[1][0].shape != args[1][1].shape  # a projected one is not oneDNN's
+            return func(*args) if plain else _onednn_lstm(*args)
         x, hidden, flat, _bias, layers, dropout, train, bidirectional, _batch_first = args
         h, c = hidden if mode == "lstm" else (hidden, hidden)
         settings = (mode, layers, dropout if train else 0.0, 2 if bidirectional else 1)
@@ -217,22 +245,36 @@ class _Attention:
         if self.q.dim() != 4 or not self.q.dtype.is_floating_point:
             return "math"
         if device.kind == "cpu":
-            plain = (
-                self.p == 0
-                and not (self.gqa and self.q.shape[1] != self.k.shape[1])
-                and self.q.shape[-1] == self.v.shape[-1]
-            )
-            return "flash_cpu" if plain and (self.mask is None or not self.mask.requires_grad) else "math"
-        width, capability = self.q.shape[-1], device.compute_capability or (0, 0)
+            return "flash_cpu" if self._suits_flash_on_cpu() else "math"
+        capability = device.compute_capability or (0, 0)
         half = self.q.dtype in (torch.float16, torch.bfloat16)
-        if "flash" in device.attention_kernels and half and self.mask is None and width <= 256 and capability >= (8, 0):
+        if "flash" in device.attention_kernels and half and self._suits_flash(capability):
             return "flash"
-        aligned = width % (8 if half and capability >= (8, 0) else 4) == 0
+        width, alignment = self.q.shape[-1], 8 if half and capability >= (7, 0) else 4 if capability >= (8, 0) else 1
+        aligned = width == self.k.shape[-1] and not (width % alignment or self.v.shape[-1] % alignment)
         allowed = self.q.dtype != torch.bfloat16 or capability >= (8, 0)
         grouped = self.gqa and self.q.shape[1] != self.k.shape[1]
         return (
             "efficient" if "efficient" in device.attention_kernels and aligned and allowed and not grouped else "math"
         )
+
+    def _suits_flash_on_cpu(self) -> bool:
+        """Tell what torch 2.13 decides in aten/.../transformers/sdp_utils_cpp.cpp; grouped heads are fine."""
+        operands = (self.q, self.k, self.v)
+        if self.p or (self.mask is not None and self.mask.requires_grad):
+            return False
+        same = all(each.shape[-1] == self.q.shape[-1] and each.stride(-1) == 1 for each in operands)
+        return same and all(each.shape[-2] for each in operands)
+
+    def _suits_flash(self, capability: tuple[int, int]) -> bool:
+        width, same = self.q.shape[-1], self.q.shape[-1] == self.k.shape[-1] == self.v.shape[-1]
+        if capability < (8, 0) or self.mask is not None or not same or width > 256:
+            return False
+        if self.causal and self.q.shape[-2] != self.k.shape[-2]:
+            return False
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v))
+        small_chip = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)  # too little shared memory to go backward
+        return not (trains and small_chip) or width <= 192 or (width > 224 and self.p == 0)
 
     def run(self, kernel: str, func: Any) -> Tensor:
         """Call the kernel's own operator, whose backward pass is known to autograd."""
@@ -298,6 +340,99 @@ class _FusedRecurrent(torch.autograd.Function):
         parts = torch.empty_like(buffer).split([weight.numel() for weight in weights])
         shaped = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
         return None, torch.empty_like(x), torch.empty_like(h), torch.empty_like(c), *shaped
+
+
+def _onednn_lstm(
+    x: Tensor,
+    hidden: Any,
+    weights: Any,
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run an LSTM as torch does on a CPU: one oneDNN kernel for each layer and direction, in training too.
+
+    Source: mkldnn_rnn in aten/src/ATen/native/mkldnn/RNN.cpp.
+    """
+    x = (x.transpose(0, 1) if batch_first else x).contiguous()
+    directions, last = 2 if bidirectional else 1, []
+    for layer in range(layers):
+        outputs = []
+        for cell in range(layer * directions, (layer + 1) * directions):
+            count = 4 if has_biases else 2
+            of_cell = weights[cell * count : (cell + 1) * count]
+            output, *states = _OneDnnLstm.apply(x, hidden[0][cell], hidden[1][cell], *of_cell)  # type: ignore[no-untyped-call]
+            outputs.append(output)
+            last.append(states)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        if dropout and train and layer < layers - 1:
+            x = torch.dropout(x, dropout, True)
+    h, c = (torch.stack(states) for states in zip(*last, strict=True))
+    return x.transpose(0, 1) if batch_first else x, h, c
+
+
+class _OneDnnLstm(torch.autograd.Function):
+    """Stand-in for oneDNN's LSTM layer: x is [steps, batch, inputs]; keeps a workspace for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Any:
+        """Allocate what the layer returns, keeps, and holds while it runs: relaid weights and the gates."""
+        output = x.new_empty((*x.shape[:2], h.shape[-1]))
+        hn, cn = torch.empty_like(h), torch.empty_like(c)
+        forward_bytes, _ = _lstm_workspace(x, h.shape[-1])
+        workspace = x.new_empty(forward_bytes, dtype=torch.uint8)
+        _while_it_runs = _lstm_scratch(x, weights, h.shape[-1], backward=False)
+        ctx.save_for_backward(x, h, c, output, hn, cn, workspace, *weights)
+        return output, hn, cn
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        """Allocate gradients, in fp32 whatever the precision; the workspace's second part is written only now."""
+        x, h, c, *_, workspace = ctx.saved_tensors[:7]
+        weights = ctx.saved_tensors[7:]
+        _, backward_bytes = _lstm_workspace(x, h.shape[-1])
+        _written_now = workspace.new_empty(backward_bytes)
+        gradients = [torch.empty_like(tensor, dtype=torch.float32) for tensor in (x, h, c, *weights)]
+        _while_it_runs = _lstm_scratch(x, weights, h.shape[-1], backward=True)
+        return tuple(gradients)
+
+
+def _lstm_workspace(x: Tensor, hidden: int) -> tuple[int, int]:
+    """Return the bytes of one layer's workspace that its forward pass writes, and those that its backward pass does.
+
+    Forward: gates and cell states; backward: the gradients of outputs, inputs, hidden and cell states. What is reserved
+    for other layers and directions stays unwritten, so it is not resident. Source: set_workspace_sizes in
+    src/cpu/rnn/rnn_utils.hpp of oneDNN 3; which parts are written was measured, for four shapes in fp32 and bf16.
+    """
+    steps, batch, inputs = x.shape
+    item, states = x.element_size(), (steps + 1) * batch
+    forward = steps * batch * _padded(4 * hidden, item) + states * hidden
+    return forward * item, states * (3 * _padded(max(inputs, hidden), 4) + hidden) * 4
+
+
+def _padded(size: int, item: int) -> int:
+    """Pad a row to 64 bytes, and further where rows would fall on the same cache lines (get_good_ld in oneDNN)."""
+    line = 64 // item
+    size = -(-size // line) * line
+    return size + line if size % 256 == 0 else size
+
+
+def _lstm_scratch(x: Tensor, weights: Any, hidden: int, *, backward: bool) -> list[Tensor]:
+    """Allocate what oneDNN holds while a layer runs: weights with padded rows, and the gates of all steps in fp32.
+
+    In bf16 no such gates were seen; the backward pass takes a copy of the outputs' gradients in fp32 in place of them.
+    """
+    rows, single = x.shape[0] * x.shape[1], x.dtype == torch.float32
+    padded = [matrix.shape[1] * _padded(matrix.shape[0], 4) for matrix in weights if matrix.dim() == 2]
+    held = [x.new_empty(size) for size in padded]
+    if backward:
+        held += [x.new_empty(size, dtype=torch.float32) for size in padded]
+    if single or backward:
+        held.append(x.new_empty(rows * (_padded(4 * hidden, 4) if single else hidden), dtype=torch.float32))
+    return held
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """A Plan: how one stage's training fits into its budget, and the evidence."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from memfit.errors import RunStateError
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,12 @@ class Candidate:
     precision: str = "fp32"
     checkpointing: str = "none"
     variant: str | None = None
+    seq_len: int | None = None
+
+    @property
+    def ladder(self) -> tuple[str, str, str | None, int | None]:
+        """What it shares with the candidates that differ in their micro-batch alone."""
+        return self.precision, self.checkpointing, self.variant, self.seq_len
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Probe:
     checkpointing: str
     variant: str | None
     outcome: str
-    """fits, over_budget, oom, timeout or failed."""
+    """fits, over_budget, oom, timeout, or predicted: not run."""
     peak_bytes: int | None = None
     step_seconds: float | None = None
     samples_per_second: float | None = None
@@ -41,10 +49,21 @@ class Probe:
     verifying: bool = False
     """True for the fresh child that confirmed the chosen candidate."""
     message: str = ""
+    seq_len: int | None = None
+    predicted_bytes: int | None = None
+    """Peak of the process by simulation."""
+    upper_bytes: int | None = None
+    """Upper bound of the same."""
+
+    @property
+    def candidate(self) -> Candidate:
+        """The layout that was run."""
+        layout = (self.micro_batch_size, self.accumulation_steps, self.precision, self.checkpointing)
+        return Candidate(*layout, self.variant, self.seq_len)
 
     def at(self, candidate: Candidate, global_batch_size: int) -> "Probe":
         """Return what this probe says of a layout that differs in its accumulation steps alone."""
-        if self.micro_seconds is None or self.update_seconds is None:
+        if not self.micro_seconds or self.update_seconds is None:  # unknown, or zero: the device's rates are
             return replace(self, accumulation_steps=candidate.accumulation_steps)
         seconds = self.micro_seconds * candidate.accumulation_steps + self.update_seconds
         return replace(
@@ -57,7 +76,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one stage fits. Bytes are process bytes: what the budget is compared with."""
+    """How one stage fits. Bytes are process bytes: what the budget is compared with.
+
+    `verified`: it was run under the enforced budget. Otherwise all figures are predictions, and there is none measured.
+    """
 
     stage: str
     device: str
@@ -81,6 +103,25 @@ class Plan:
     seq_len: int | None = None
     predicted_peak_bytes: int | None = None
     upper_peak_bytes: int | None = None
+    timeline: dict[str, list[Any]] = field(default_factory=dict)
+    """Predicted live memory over one step: "phase" and, by category, MiB at each moment; empty if not simulated."""
+
+    def explain(self) -> str:
+        """Say in words what was chosen, why, and what else was considered."""
+        held = "measured" if self.verified else "predicted, not run"
+        peak = self.measured_peak_bytes if self.verified else self.predicted_peak_bytes
+        lines = [
+            f"{self.global_batch_size} samples in {self.accumulation_steps} micro-batches of at most "
+            f"{self.micro_batch_size}, {self.precision}, checkpointing {self.checkpointing}"
+            + (f", variant {self.variant}" if self.variant else "")
+            + (f", seq_len {self.seq_len}" if self.seq_len else "")
+            + f" on {self.device}: {(peak or 0) / MIB:,.0f} MiB of {self.budget_bytes / MIB:,.0f} MiB ({held}).",
+            self.reason,
+            *(f"Lever {lever['name']} = {lever['value']} ({lever['class']})." for lever in self.levers),
+            "Considered:",
+            *(f"  {describe(probe)}" for probe in self.probes),
+        ]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able document."""
@@ -89,9 +130,25 @@ class Plan:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Plan":
         """Read a plan back; unknown or missing keys raise RunStateError."""
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if set(document) != known:
             odd = sorted(set(document) ^ known)
             raise RunStateError(f"plan: expected the keys of this memfit version, differing in {odd}. Plan again.")
         probes = tuple(Probe(**probe) for probe in document["probes"])
         return cls(**{**document, "probes": probes, "levers": tuple(document["levers"])})
+
+
+def describe(probe: Probe) -> str:
+    """Write a probe as one line: layout, outcome, bytes and speed."""
+    peak = probe.peak_bytes or probe.predicted_bytes
+    parts = [
+        f"micro {probe.micro_batch_size} x {probe.accumulation_steps}, {probe.precision}, {probe.checkpointing}",
+        *([f"seq_len {probe.seq_len}"] if probe.seq_len else []),
+        ({"fits": "confirmed", "predicted": "chosen, predicted"} if probe.verifying else {}).get(
+            probe.outcome, probe.outcome.replace("_", " ")
+        ),
+        *([f"{peak / MIB:,.0f} MiB"] if peak else []),
+        *([f"{probe.samples_per_second:,.3g} samples/s"] if probe.samples_per_second else []),
+        *([f"in phase {probe.phase!r}"] if probe.phase else []),
+    ]
+    return ", ".join(parts)

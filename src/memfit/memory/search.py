@@ -1,4 +1,4 @@
-"""Choose among candidates: a pure function over a `measure` callable, so it needs no device."""
+"""Choose among candidates: pure functions over a `measure` callable, so they need no device."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,45 +8,105 @@ from memfit.memory.plan import Candidate, Probe
 
 TIE = 0.03
 """Plans whose throughput differs by no more than this share are equal; the smaller peak wins."""
-Measure = Callable[[Sequence[Candidate], bool], Iterable[Probe]]
-"""(candidates in order, verifying) -> their probes in order, as they come; the caller may stop reading."""
+FORECAST_SLACK = 0.15
+"""A rung is left out only if it is predicted to pass the budget by more than this share."""
+RECOMPUTING_COSTS = 4 / 3
+"""Checkpointing runs every block's forward pass twice: forward, forward, backward in place of forward, backward."""
+Measure = Callable[[Candidate], Probe]
+Predict = Callable[[Candidate], int]
+"""candidate -> predicted peak in bytes; 0 where nothing is known."""
 
 
 def candidates(
-    global_batch_size: int, *, precision: str, checkpointing: str, variant: str | None, min_micro_batch_size: int = 1
+    global_batch_size: int,
+    *,
+    precision: str,
+    checkpointing: str,
+    variant: str | None,
+    seq_len: int | None = None,
+    min_micro_batch_size: int = 1,
 ) -> list[Candidate]:
-    """List layouts from the smallest micro-batch to the whole batch, accumulation steps halving each time."""
+    """List layouts from the smallest micro-batch to the whole batch, each about twice the one before it.
+
+    Every micro-batch is accumulated in as few steps as it takes.
+    """
     largest_steps = max(1, global_batch_size // min_micro_batch_size)
     steps = {min(2**i, largest_steps) for i in range(largest_steps.bit_length() + 1)}
-    return [
-        Candidate(math.ceil(global_batch_size / k), k, precision, checkpointing, variant)
-        for k in sorted(steps, reverse=True)
-    ]
+    sizes = sorted({math.ceil(global_batch_size / k) for k in steps})
+    return [Candidate(n, math.ceil(global_batch_size / n), precision, checkpointing, variant, seq_len) for n in sizes]
 
 
-def sweep(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int) -> Iterator[Probe]:
+def grid(ladder: Sequence[Candidate]) -> list[Candidate]:
+    """List every micro-batch size that a ladder spans, each at the fewest accumulation steps that give it."""
+    size, steps = ladder[-1].micro_batch_size, range(1, ladder[0].accumulation_steps + 1)
+    sizes = sorted({math.ceil(size / k) for k in steps})
+    return [replace(ladder[0], micro_batch_size=n, accumulation_steps=math.ceil(size / n)) for n in sizes]
+
+
+def sweep(
+    ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, predict: Predict = lambda _candidate: 0
+) -> Iterator[Probe]:
     """Climb the ladder until it does not fit, will not fit, or no longer gets faster.
 
-    The next rung is skipped when the line through the last two peaks passes the budget, or when two rungs in a row
-    were no faster than the best before them.
+    A rung is left out when its prediction, or the line through the last two peaks, passes the budget; what of the
+    gap below it fits is then tried, if larger micro-batches were faster up to there. The climb also ends when two
+    rungs in a row were no faster than the best before them.
     """
     fitting: list[Probe] = []
-    for probe in measure(ladder, False):
+    for candidate in ladder:
+        hopeless = predict(candidate) > budget_bytes * (1 + FORECAST_SLACK)
+        if fitting and (hopeless or _next_peak(fitting, candidate) > budget_bytes):
+            between = _between(fitting, ladder, candidate, budget_bytes)
+            yield from map(measure, between)
+            return
+        probe = measure(candidate)
         yield probe
         if probe.outcome != "fits":
             return
         fitting.append(probe)
-        if len(fitting) == len(ladder):
-            return
-        if memory_bound(fitting, ladder, budget_bytes) or _stalled(fitting):
+        if _stalled(fitting):
             return
 
 
-def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], budget_bytes: int) -> bool:
-    """Tell whether memory, not speed, is what ends a climb here."""
-    if not probes or probes[-1].outcome != "fits":
-        return not probes or probes[-1].outcome in ("oom", "over_budget")  # a timeout is not about memory
-    return len(probes) < len(ladder) and _next_peak(probes, ladder[len(probes)]) > budget_bytes
+def _between(
+    fitting: Sequence[Probe], ladder: Sequence[Candidate], following: Candidate, budget_bytes: int
+) -> list[Candidate]:
+    """Find the largest micro-batch between two rungs that fits by the line through the last two peaks."""
+    rates = [probe.samples_per_second or 0.0 for probe in fitting[-2:]]
+    if len(fitting) < 2 or rates[1] <= rates[0] * (1 + TIE):
+        return []
+    low = fitting[-1].micro_batch_size
+    inside = [c for c in grid(ladder) if low < c.micro_batch_size < following.micro_batch_size]
+    return [c for c in inside if _next_peak(fitting, c) <= budget_bytes][-1:]
+
+
+def rungs_of(ladder: Sequence[Candidate], probes: Iterable[Probe]) -> list[Probe]:
+    """Pick the probes of a climb that stand on the ladder's own rungs, in order."""
+    sizes = {candidate.micro_batch_size for candidate in ladder}
+    return [probe for probe in probes if probe.micro_batch_size in sizes and not probe.verifying]
+
+
+def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], predicted: Sequence[int], budget: int) -> bool:
+    """Tell whether memory, not speed, is what ends a climb here. `predicted`: bytes of each rung, or empty."""
+    climbed = rungs_of(ladder, probes)
+    if not climbed or climbed[-1].outcome != "fits":
+        return not climbed or climbed[-1].outcome in ("oom", "over_budget")  # a timeout is not about memory
+    if len(climbed) >= len(ladder):
+        return False
+    hopeless = len(predicted) > len(climbed) and predicted[len(climbed)] > budget * (1 + FORECAST_SLACK)
+    return hopeless or _next_peak(climbed, ladder[len(climbed)]) > budget
+
+
+def worth_recomputing(probes: Sequence[Probe], ladder: Sequence[Candidate]) -> bool:
+    """Tell whether larger micro-batches could win back what recomputing activations costs.
+
+    As far as the ladder goes, every doubling is granted the gain of the last one that was measured.
+    """
+    rates = [probe.samples_per_second or 0.0 for probe in rungs_of(ladder, probes) if probe.outcome == "fits"]
+    if len(rates) < 2:
+        return True
+    gain = rates[-1] / rates[-2] if rates[-2] else 1.0
+    return bool(rates[-1] * max(gain, 1.0) ** (len(ladder) - len(rates)) > max(rates) * RECOMPUTING_COSTS)
 
 
 def _next_peak(fitting: Sequence[Probe], following: Candidate) -> float:
@@ -65,25 +125,31 @@ def _stalled(fitting: Sequence[Probe]) -> bool:
 
 
 def ranking(probes: Iterable[Probe]) -> list[Probe]:
-    """Order the fitting probes: fastest per sample first; within a tie of 3 % the smaller peak first."""
-    left = [probe for probe in probes if probe.outcome == "fits"]
+    """Order the probes that fit, or are predicted to: fastest per sample first; within 3 % the smaller peak first.
+
+    Where no speed is known, what recomputes nothing and accumulates least comes first.
+    """
+    left = [probe for probe in probes if probe.outcome in ("fits", "predicted")]
+    if not any(probe.samples_per_second for probe in left):
+        return sorted(left, key=_effort)
     ordered = []
     while left:
         best = max(probe.samples_per_second or 0.0 for probe in left)
         tied = [probe for probe in left if (probe.samples_per_second or 0.0) >= best * (1 - TIE)]
-        chosen = min(tied, key=lambda probe: probe.peak_bytes or 0)
+        chosen = min(tied, key=lambda probe: probe.peak_bytes or probe.predicted_bytes or 0)
         ordered.append(chosen)
         left.remove(chosen)
     return ordered
 
 
+def _effort(probe: Probe) -> tuple[bool, int, int]:
+    return probe.checkpointing != "none", probe.accumulation_steps, probe.peak_bytes or probe.predicted_bytes or 0
+
+
 def confirm(probes: Iterable[Probe], measure: Measure, attempts: int = 3) -> Iterator[Probe]:
     """Run the best candidates again, each in a fresh child, until one fits."""
     for probe in ranking(probes)[:attempts]:
-        candidate = Candidate(
-            probe.micro_batch_size, probe.accumulation_steps, probe.precision, probe.checkpointing, probe.variant
-        )
-        for verified in measure([candidate], True):
-            yield replace(verified, verifying=True)
-            if verified.outcome == "fits":
-                return
+        verified = replace(measure(probe.candidate), verifying=True)
+        yield verified
+        if verified.outcome == "fits":
+            return

@@ -1,5 +1,8 @@
 """Run the real step on tensors that hold no memory, as the wanted device would, and record what it allocates."""
 
+import copy
+import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memfit.errors import ConfigError
+from memfit.errors import ConfigError, MemfitError
 from memfit.memory import workspaces
 from memfit.memory.devices import Device
 from memfit.memory.kernels import Kernels, pretend
+from memfit.memory.roofline import Roofline
 from memfit.memory.trace import Recorder, Trace
-from memfit.step import Batch, TrainingProgram, TrainingStep, autocast, map_tensors, num_samples, tensors_of
+from memfit.step import (
+    Batch,
+    TrainingProgram,
+    TrainingStep,
+    autocast,
+    loss_terms,
+    map_tensors,
+    num_samples,
+    tensors_of,
+)
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, Batch], Any]
 
@@ -49,35 +62,47 @@ def simulate(
     clip: float | None = None,
     resumed: bool = True,
     num_steps: int = 2,
+    quick: bool = False,
 ) -> Trace:
     """Record what `num_steps` steps (or, with phase "evaluate", evaluation batches) allocate on a device.
 
     With `resumed`, optimizer state is there before the first forward pass, as in a run that goes on. `step` is a
     user's own loop body in place of memfit's step; what it returns stays referenced until its successor is made.
-    More than two micro-steps repeat the second, so at most two are run.
+    More than two micro-steps repeat the second, so at most two are run; `quick` runs only that one, with gradients in
+    place, in a single step.
 
     Raises: CannotSimulateError where the program needs real values.
     """
-    with _Simulation(device) as simulation:
-        model, optimizer = simulation.place(program, variant, train=phase == "train" or step is not None)
-        if resumed and optimizer is not None:
-            simulation.materialize(model, optimizer)
-        micro_steps = min(2, accumulation_steps)
-        if phase == "evaluate":
-            batch = simulation.batch(program, micro_batch_size, seq_len)
-            run: Callable[[], None] = partial(simulation.evaluate, program, model, batch, precision)
-        elif step is not None:
-            run = partial(simulation.own_step, program, model, optimizer, step, micro_batch_size, seq_len)
-        else:
-            batch = simulation.batch(program, micro_batch_size * micro_steps, seq_len)
-            layout = Layout(micro_steps, precision, checkpointing)
-            counted = replace(program, count=lambda _batch: defaultdict(lambda: 1.0))
-            training = TrainingStep(layout, counted, model, optimizer, clip=clip)
-            run = partial(simulation.train, training, batch)
-        for _ in range(num_steps):
-            simulation.recorder.phase = "begin"
-            run()
-        return simulation.finish(optimizer)
+    layout = Layout(1 if quick else min(2, accumulation_steps), precision, checkpointing)
+    try:
+        with _random_numbers_kept(), _Simulation(device) as simulation:
+            run = simulation.prepare(
+                program, layout, micro_batch_size, seq_len, variant, phase=phase, step=step, clip=clip, resumed=resumed
+            )
+            for _ in range(1 if quick else num_steps):
+                if quick and accumulation_steps > 1:
+                    simulation.hold_gradients()
+                simulation.recorder.phase = "begin"
+                run()
+            return simulation.finish()
+    except MemfitError:
+        raise
+    except Exception as error:  # whatever a program does to tensors without values
+        raise CannotSimulateError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Leave all generators as they were: what is built for real draws from them."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 class _Simulation:
@@ -85,12 +110,15 @@ class _Simulation:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.recorder = Recorder(workspaces.Workspaces(device, self._lasting))
-        self.kernels = Kernels(device, self._is_host)
-        self._host: set[int] = set()
+        self.recorder = Recorder(workspaces.Workspaces(device, self._lasting), Roofline(device))
+        self.kernels = Kernels(device, self._is_host, lambda tensor: self.recorder.hold([tensor], "batch"))
+        self._host = self.recorder.host
         self._host_batches: list[Batch] = []
         self._stack = ExitStack()
         self._results: list[Any] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._owners: dict[Tensor, str] = {}
+        self._running: list[str] = []
 
     def _lasting(self, num_bytes: int, op: str) -> None:
         self.recorder.lasting(num_bytes, "workspaces", op)
@@ -112,35 +140,76 @@ class _Simulation:
         with self.kernels, self.recorder:
             yield
 
-    def place(self, program: TrainingProgram, variant: str | None, *, train: bool) -> tuple[nn.Module, Any]:
+    def prepare(
+        self,
+        program: TrainingProgram,
+        layout: Layout,
+        size: int,
+        seq_len: int | None,
+        variant: str | None,
+        *,
+        phase: str,
+        step: Step | None,
+        clip: float | None,
+        resumed: bool,
+    ) -> Callable[[], None]:
+        """Put model and optimizer in place; return what runs one step, or one evaluation batch."""
+        model = self.place(program, variant, train=phase == "train")
+        if phase == "evaluate":
+            batch = self.batch(program, size, seq_len)
+            return partial(self.evaluate, program, model, batch, layout.precision)
+        optimizer = self.optimize(program, model)
+        if resumed:
+            self.materialize(model, optimizer)
+        if step is not None:
+            return partial(self.own_step, program, model, optimizer, step, size, seq_len)
+        self.recorder.in_program = False
+        counted = replace(program, count=lambda _batch: defaultdict(lambda: 1.0), loss=partial(self._loss, program))
+        training = TrainingStep(layout, counted, model, optimizer, clip=clip)
+        return partial(self.train, training, self.batch(program, size * layout.accumulation_steps, seq_len))
+
+    def _loss(self, program: TrainingProgram, model: nn.Module, batch: Batch) -> Any:
+        self.recorder.in_program = True
+        terms = loss_terms(program, model, batch)
+        self.recorder.in_program = False
+        return terms
+
+    def place(self, program: TrainingProgram, variant: str | None, *, train: bool) -> nn.Module:
         """Build the model without memory and put it on the device, one tensor after the other."""
         model = build_on_meta(lambda: program.build(variant))
         model.train(train)
         self.recorder.phase = "build"
+        names = {module: name for name, module in model.named_modules()}
         for module in reversed_depth_first(model):
-            self.recorder.hold(module.parameters(recurse=False), "parameters")
-            self.recorder.hold(module.buffers(recurse=False), "buffers")
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(self._entering(name))
-        if not train:
-            return model, None
-        optimizer = program.optimizer(model)
+            self.recorder.hold(module.parameters(recurse=False), "parameters", names[module])
+            self.recorder.hold(module.buffers(recurse=False), "buffers", names[module])
+            self._owners |= dict.fromkeys(module.parameters(recurse=False), names[module])
+        for module, name in names.items():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave)
+        return model
+
+    def optimize(self, program: TrainingProgram, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer; follow its steps and the gradients."""
+        optimizer = self._optimizer = program.optimizer(model)
         optimizer.register_step_pre_hook(lambda *_: setattr(self.recorder, "phase", "optimizer"))
         optimizer.register_step_post_hook(lambda *_: setattr(self.recorder, "phase", "forward"))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._accumulated)
-        return model, optimizer
+        return optimizer
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(_module: nn.Module, _args: Any) -> None:
-            self.recorder.module = name
+    def _enter(self, name: str, _module: nn.Module, _args: Any) -> None:
+        self._running.append(name)
+        self.recorder.module = name
 
-        return enter
+    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._running.pop()
+        self.recorder.module = self._running[-1] if self._running else ""
 
     def _accumulated(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self.recorder.hold([parameter.grad], "gradients")
+            self.recorder.hold([parameter.grad], "gradients", self._owners[parameter])
 
     def materialize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer its state before the first forward pass."""
@@ -152,14 +221,26 @@ class _Simulation:
             self._hold_state(optimizer)
             optimizer.zero_grad(set_to_none=True)
 
+    def hold_gradients(self) -> None:
+        """Give every trained parameter a gradient, as an earlier micro-step leaves it."""
+        assert self._optimizer is not None
+        with self._recording("accumulated"):
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.empty_like(parameter)
+                    self.recorder.hold([parameter.grad], "gradients")
+
     def _hold_state(self, optimizer: torch.optim.Optimizer) -> None:
-        for state in optimizer.state.values():
-            tensors = [value for value in state.values() if isinstance(value, Tensor)]
-            self.recorder.hold([value for value in tensors if value.device.type == "meta"], "optimizer_state")
+        for parameter, state in optimizer.state.items():
+            tensors = [value for value in state.values() if isinstance(value, Tensor) and value.is_meta]
+            self.recorder.hold(tensors, "optimizer_state", self._owners.get(parameter, ""))
 
     def batch(self, program: TrainingProgram, size: int, seq_len: int | None) -> Batch:
-        """Make a batch on the pretended host: it takes no device memory until it is moved."""
+        """Make a batch on the pretended host: it takes no device memory until it is moved, unless they are one."""
         batch = batch_on_meta(program, size, seq_len)
+        if self.device.kind == "cpu":
+            self.recorder.hold(tensors_of(batch), "batch")
+            return batch
         self._host |= {tensor.untyped_storage()._cdata for tensor in tensors_of(batch)}
         self._host_batches.append(batch)  # storages must not be freed: others would take over their identity
         return batch
@@ -167,7 +248,7 @@ class _Simulation:
     def evaluate(self, program: TrainingProgram, model: nn.Module, batch: Batch, precision: str) -> None:
         """Run one evaluation batch."""
         model.eval()
-        evaluate = program.evaluate or (lambda net, rows: program.loss(net, rows))
+        evaluate = program.evaluate or partial(loss_terms, program)
         with self._recording("evaluate"), torch.no_grad(), autocast(precision, "meta"):
             evaluate(model, map_tensors(lambda tensor: tensor.to("meta"), batch))
 
@@ -188,10 +269,10 @@ class _Simulation:
         with self._recording("forward"):
             training(batch)
 
-    def finish(self, optimizer: Any) -> Trace:
-        """Name what is known to be gradients and optimizer state; return the trace."""
-        if optimizer is not None:
-            self._hold_state(optimizer)
+    def finish(self) -> Trace:
+        """Name optimizer state and activations; return the trace."""
+        if self._optimizer is not None:
+            self._hold_state(self._optimizer)
         trace = self.recorder.trace
         name_activations(trace)
         return trace
@@ -224,11 +305,16 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             model = build()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, TypeError):
         model = build()
-    if any(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers())):
-        model = model.to("meta")
-    return model
+    real = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
+    # a copy, since the builder may hand out a model that somebody keeps
+    return copy.deepcopy(model, {id(tensor): _emptied(tensor) for tensor in real}) if real else model
+
+
+def _emptied(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def batch_on_meta(program: TrainingProgram, size: int, seq_len: int | None) -> Batch:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from memfit.memory.roofline import Roofline, flat_tensors
 
 Workspaces = Callable[[str, tuple[Any, ...]], int]
 """(operator, args) -> bytes that the device's kernel may take while it runs, beyond its outputs."""
@@ -42,8 +43,8 @@ class Trace:
     """(index into events, phase that begins there)."""
     notes: list[str] = field(default_factory=list)
     """What had to be assumed."""
-    kernels: set[str] = field(default_factory=set)
-    """Names of the operators that ran."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"micro": 0.0, "update": 0.0})
+    """Predicted seconds of the last step: all its micro-steps, and its update; zero where the rates are not known."""
     possible: set[int] = field(default_factory=set)
     """Storages that a kernel may take or not; only upper bounds count them."""
 
@@ -69,16 +70,21 @@ class Trace:
 class Recorder(TorchDispatchMode):
     """Records every storage that operators create, until it is freed."""
 
-    def __init__(self, workspaces: Workspaces) -> None:
+    def __init__(self, workspaces: Workspaces, roofline: Roofline) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.module = ""
+        self.in_program = True
+        """Whether the program's own code runs, rather than memfit's step around it: only its answers are noted."""
         self._workspaces = workspaces
+        self._roofline = roofline if roofline.known else None
         self._phase = "forward"
         self._known: dict[int, int] = {}
         self._keep: dict[int, weakref.ref[Any]] = {}
         self._in_backward = False
         self._never_inf: set[int] = set()
+        self.host: set[int] = set()
+        """Storages that stand for host memory: they and views of them are not on the device."""
         self.on_backward: Callable[[], None] = lambda: None
 
     @property
@@ -89,6 +95,8 @@ class Recorder(TorchDispatchMode):
     @phase.setter
     def phase(self, name: str) -> None:
         self._phase = name
+        if name == "begin":
+            self.trace.seconds = dict.fromkeys(self.trace.seconds, 0.0)
         self.trace.marks.append((len(self.trace.events), name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,9 +110,11 @@ class Recorder(TorchDispatchMode):
         if name == "aten::_amp_foreach_non_finite_check_and_unscale_":
             self._never_inf.add(args[1].untyped_storage()._cdata)
         result = func(*args, **(kwargs or {}))
-        self.trace.kernels.add(name)
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+        if self._roofline is not None:
+            part = "update" if self.phase == "optimizer" else "micro"
+            self.trace.seconds[part] += self._roofline.seconds(func, args, kwargs or {}, result)
+        for tensor in flat_tensors((result,)):
+            if tensor.is_meta:
                 self._born(tensor, "temporaries", name)
         extra = self._workspaces(name, args)
         if extra:
@@ -117,6 +127,8 @@ class Recorder(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         if key in self._never_inf:
             return 0.0
+        if not self.in_program:
+            return 1.0 if tensor.dtype.is_floating_point else 1
         note = f"{name.removeprefix('aten::')} of {tensor.dtype} in {self.module or 'the step'}: assumed true or 1"
         if note not in self.trace.notes:
             self.trace.notes.append(note)
@@ -133,7 +145,7 @@ class Recorder(TorchDispatchMode):
     def _born(self, tensor: Tensor, category: str, op: str = "") -> bool:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._known or key in self.host:
             return False
         number = len(self.trace.storages)
         self.trace.storages.append(Storage(storage.nbytes(), category, self.phase, op, self.module))
@@ -148,11 +160,13 @@ class Recorder(TorchDispatchMode):
         if number is not None:
             self.trace.events.append(~number)
 
-    def hold(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Note that these tensors are on the device from now on, or what they are if they were known."""
+    def hold(self, tensors: Iterable[Tensor], category: str, module: str | None = None) -> None:
+        """Note that these tensors are on the device from now on, or what and whose they are if they were known."""
         for tensor in tensors:
-            if not self._born(tensor, category):
-                self.trace.storages[self._known[tensor.untyped_storage()._cdata]].category = category
+            self._born(tensor, category)
+            storage = self.trace.storages[self._known[tensor.untyped_storage()._cdata]]
+            storage.category = category
+            storage.module = storage.module if module is None else module
 
     def known(self, tensor: Tensor) -> bool:
         """Tell whether a tensor's storage is on the device."""

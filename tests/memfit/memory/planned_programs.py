@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.weight = nn.Parameter(torch.ones(SPREAD))
 
     def forward(self, x):
-        return x + (torch.ones(len(x), SPREAD) * self.weight).mean(dim=1, keepdim=True)
+        return x + (x.new_ones(len(x), SPREAD) * self.weight).mean(dim=1, keepdim=True)
 
 
 def mean_square(model, batch):
@@ -71,4 +71,42 @@ def broken(arguments):
         make_batch=lambda n, _seq_len: {"x": torch.ones(n, WIDTH)},
         loss=loss,
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+
+
+class Wide(nn.Module):
+    """A residual block that keeps 1.5 MiB per 1024 steps of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def wide_net(num_blocks):
+    return nn.Sequential(*[Wide() for _ in range(num_blocks)], nn.Linear(64, 1))
+
+
+def sequences(arguments):
+    """A plain net on sequences that any device can be asked about: four blocks, or one."""
+    return TrainingProgram(
+        variants={"only": lambda: wide_net(4), "light": lambda: wide_net(1)},
+        make_batch=lambda n, seq_len: {"x": torch.ones(n, seq_len or 1024, 64)},
+        loss=lambda model, batch: model(batch["x"]).pow(2).mean(),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4),
+        blocks=(Wide,),
+        evaluate=(lambda model, batch: model(batch["x"])) if arguments.get("evaluates", True) else None,
+    )
+
+
+def summed(arguments):
+    """Returns a sum where a mean is expected."""
+    plain = blocks(arguments)
+    return TrainingProgram(
+        variants=plain.variants,
+        make_batch=plain.make_batch,
+        loss=lambda model, batch: model(batch["x"]).pow(2).sum(),
+        optimizer=plain.optimizer,
     )

@@ -1,14 +1,23 @@
-"""Plans found by really running a small program in children under the enforced budget."""
+"""Plans found by really running a small program in children under the enforced budget, or by forecast alone."""
 
+import importlib
+import json
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
-from memfit.errors import ChildError, ConfigError, DoesNotFitError
-from memfit.memory.plan import Plan
+from memfit.errors import ChildError, ConfigError, DoesNotFitError, MemfitError
+from memfit.memory import budget, planner
+from memfit.memory.devices import find_device
+from memfit.memory.forecast import Forecast
+from memfit.memory.plan import Candidate, Plan
 from memfit.memory.planner import PlanRequest, plan_stage
-from memfit.memory.probe import HEADROOM
+from memfit.memory.probe import EVALUATION_FACTOR, HEADROOM, load_program
+from memfit.memory.search import TIE
+from memfit.process import Outcome, run_child
 
 MIB, GIB = 2**20, 2**30
 GLOBAL = 64
@@ -41,7 +50,7 @@ def request_plan(tmp_path, importable):
 def check_evidence(plan: Plan) -> None:
     """A plan stands on a verifying probe of the same layout, run last, within the budget."""
     confirmed = plan.probes[-1]
-    layout = ("micro_batch_size", "accumulation_steps", "precision", "checkpointing", "variant")
+    layout = ("micro_batch_size", "accumulation_steps", "precision", "checkpointing", "variant", "seq_len")
     assert plan.verified
     assert confirmed.verifying
     assert confirmed.outcome == "fits"
@@ -64,6 +73,10 @@ def test_a_generous_budget_then_a_tight_one(request_plan):
     micro = [probe.micro_batch_size for probe in generous.probes if not probe.verifying]
     assert micro == sorted(micro)
     assert micro[0] == 1
+    assert all(probe.upper_bytes >= probe.predicted_bytes > 0 for probe in generous.probes)
+    assert generous.predicted_peak_bytes == generous.probes[-1].predicted_bytes
+    assert generous.upper_peak_bytes >= generous.predicted_peak_bytes
+    assert len(generous.timeline["phase"]) == len(generous.timeline["parameters"]) > 0
 
     peaks = [probe.peak_bytes for probe in generous.probes if not probe.verifying]
     assert peaks[-1] - peaks[0] > 40 * MIB
@@ -77,16 +90,49 @@ def test_a_generous_budget_then_a_tight_one(request_plan):
     assert str(round(tight.measured_peak_bytes / MIB)) in tight.reason
 
 
-def test_an_impossible_budget_says_what_was_tried_and_what_would_help(request_plan):
+def call_here(target, payload, *, on_event=None, **_) -> Outcome:
+    """Do in this process, and without a limit, what a child would do."""
+    module, name = target.split(":")
+    try:
+        value = getattr(importlib.import_module(module), name)(json.loads(json.dumps(payload)), on_event or id)
+    except MemfitError as error:
+        return Outcome("failed", message=str(error), error=type(error).__name__)
+    return Outcome("ok", value=json.loads(json.dumps(value)))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Call what children call in this process, where processes are not the point; return what was called."""
+    called = []
+    monkeypatch.setattr(planner, "run_child", lambda target, *args, **how: called.append(target) or call_here(
+        target, *args, **how))  # fmt: skip
+    monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
+    monkeypatch.syspath_prepend(str(PROGRAMS.parent))
+    return called
+
+
+@pytest.fixture
+def relief_here(monkeypatch):
+    """Estimate in this process what would help; everything else has its child."""
+
+    def run(target, *args, **how):
+        return (call_here if target.endswith(":relief") else run_child)(target, *args, **how)
+
+    monkeypatch.setattr(planner, "run_child", run)
+    monkeypatch.syspath_prepend(str(PROGRAMS.parent))
+
+
+def test_an_impossible_budget_says_what_was_tried_and_what_would_help(request_plan, relief_here):
     with pytest.raises(DoesNotFitError) as raised:
-        plan_stage(request_plan(budget_bytes=60 * MIB))
+        plan_stage(request_plan(budget_bytes=60 * MIB, checkpointings=("blocks",)))
     said = str(raised.value)
     assert "stage 'first'" in said
     assert "60 MiB" in said
     assert "micro_batch_size 1" in said
     assert "checkpointing blocks" in said
-    assert "phase 'build'" in said
-    assert "Raise the budget" in said
+    assert any(f"in phase {name!r}" in said for name in ("build", "optimizer_state"))
+    assert "By estimate no single change is enough: raise the budget to" in said
+    assert "MiB more" in said
 
 
 def test_evaluation_is_part_of_what_must_fit(request_plan):
@@ -100,7 +146,7 @@ def test_evaluation_is_part_of_what_must_fit(request_plan):
     assert all(probe.outcome in ("oom", "over_budget") for probe in ended)
 
 
-def test_a_batch_of_another_size_than_asked_for_is_a_config_error(request_plan):
+def test_a_batch_of_another_size_than_asked_for_is_a_config_error(request_plan, here):
     with pytest.raises(ConfigError, match=r"make_batch: expected \d+ samples, got \d+"):
         plan_stage(request_plan("blocks", {"too_many": 1}))
 
@@ -110,8 +156,112 @@ def test_a_failure_that_is_not_about_memory_is_not_taken_for_a_measurement(reque
         plan_stage(request_plan("broken"))
 
 
-def test_a_timeout_is_an_answer_and_checkpointing_is_not_tried_against_it(request_plan):
+def test_a_timeout_is_an_answer_and_checkpointing_is_not_tried_against_it(request_plan, relief_here):
     seen = []
     with pytest.raises(DoesNotFitError, match="timeout"):
         plan_stage(request_plan(deadline_seconds=0.3), seen.append)
     assert [probe.outcome for probe in seen] == ["timeout"]
+
+
+def check_forecast(plan: Plan, device: str) -> None:
+    """Nothing was run: all figures are predictions, and even the upper bound fits."""
+    assert not plan.verified
+    assert plan.device == device
+    assert plan.measured_peak_bytes is None
+    assert all(probe.peak_bytes is None and probe.outcome != "fits" for probe in plan.probes)
+    assert 0 < plan.predicted_peak_bytes <= plan.upper_peak_bytes <= plan.budget_bytes * (1 - HEADROOM)
+    assert plan.micro_batch_size * plan.accumulation_steps >= plan.global_batch_size
+    assert plan.eval_batch_size >= plan.micro_batch_size
+    assert "predicted, nothing was run" in plan.reason
+    assert plan.timeline["phase"]
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_card_that_is_not_here_is_planned_for_and_nothing_is_run(request_plan, here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for a card"))
+    seen = []
+    plan = plan_stage(request_plan("sequences", device="t4", budget_bytes=2 * GIB), seen.append)
+    check_forecast(plan, "t4")
+    assert here == ["memfit.memory.probe:forecast"]
+    assert [asdict(probe) for probe in seen] == [asdict(probe) for probe in plan.probes]
+    assert plan.checkpointing == "none"
+    assert plan.samples_per_second == pytest.approx(GLOBAL / plan.step_seconds)
+    rungs = {probe.micro_batch_size for probe in plan.probes if not probe.verifying}
+    assert rungs >= {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_more_budget_gives_no_slower_forecast_and_none_that_is_too_small_an_answer(request_plan, here):
+    found = []
+    for mib in (250, 300, 500, 800, 1400, 3000):
+        plan = plan_stage(request_plan("sequences", device="t4", budget_bytes=mib * MIB))
+        check_forecast(plan, "t4")
+        found.append(plan.samples_per_second)
+    assert all(later >= earlier * (1 - TIE) for earlier, later in pairwise(found))
+    assert found[-1] > 1.1 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("precisions", "chosen"), [(("bf16", "fp16", "fp32"), "fp16"), (("bf16", "fp32"), "fp32"), (("fp16",), "fp16")]
+)
+def test_precisions_are_those_of_the_card(request_plan, here, precisions, chosen):
+    plan = plan_stage(
+        request_plan("sequences", device="t4", budget_bytes=2 * GIB, precisions=precisions, checkpointings=("none",))
+    )
+    check_forecast(plan, "t4")
+    assert plan.precision == chosen
+    assert "bf16" not in {probe.precision for probe in plan.probes}
+
+
+def test_a_precision_that_the_card_has_not_is_an_error(request_plan, here):
+    with pytest.raises(ConfigError, match=r"t4 has, of \['fp32', 'fp16'\], got \['bf16'\]"):
+        plan_stage(request_plan("sequences", device="t4", precisions=("bf16",)))
+    assert here == []
+
+
+def test_the_machine_at_hand_is_estimated_only_if_asked_for(request_plan, here):
+    """Its rates are not known: what recomputes and accumulates least is taken."""
+    plan = plan_stage(request_plan("sequences", budget_bytes=4 * GIB, estimate_only=True))
+    check_forecast(plan, "cpu")
+    assert here == ["memfit.memory.probe:forecast"]
+    assert (plan.micro_batch_size, plan.checkpointing) == (GLOBAL, "none")
+    assert plan.samples_per_second is None
+    assert plan.step_seconds is None
+
+
+def test_a_shorter_sequence_is_forecast_only_where_the_first_does_not_fit(request_plan, here):
+    asked = {"device": "t4", "budget_bytes": 250 * MIB}
+    plan = plan_stage(request_plan("sequences", seq_lens=(65536, 1024), **asked))
+    check_forecast(plan, "t4")
+    assert plan.seq_len == 1024
+    assert {"name": "seq_len", "class": "lossy", "value": 1024} in plan.levers
+    assert {probe.outcome for probe in plan.probes if probe.seq_len == 65536} == {"over_budget"}
+    assert len(here) == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "phase", "change"),
+    [(False, "train_step", "plan.checkpointing 'blocks'"), (True, "evaluate", "plan.precisions 'fp16'")],
+)
+def test_a_change_that_would_fit_is_named_with_what_is_missing(request_plan, here, evaluates, phase, change):
+    """Recomputing activations saves nothing where evaluation is what binds."""
+    given = {"evaluates": evaluates}
+    program = load_program({"factory": f"{PROGRAMS.stem}:sequences", "arguments": given})
+    needs = Forecast(program, find_device("t4"), evaluation_factor=EVALUATION_FACTOR).of(
+        Candidate(1, GLOBAL, variant="only", seq_len=8192)
+    )
+    asked = {"device": "t4", "seq_lens": (8192,), "checkpointings": ("none",)}
+    with pytest.raises(DoesNotFitError) as raised:
+        plan_stage(request_plan("sequences", given, budget_bytes=int(0.98 * needs.upper_bytes), **asked))
+    said = str(raised.value)
+    assert "micro_batch_size 1, fp32, checkpointing none" in said
+    missing = (needs.upper_bytes - 0.98 * needs.upper_bytes * (1 - HEADROOM)) / MIB
+    assert f"needs {needs.upper_bytes / MIB:.0f} MiB (in phase {phase!r}), {missing:.0f} MiB too much" in said
+    assert f"By estimate {change} would fit" in said
+    assert "or raise the budget to" in said
+    assert here == ["memfit.memory.probe:forecast", "memfit.memory.probe:relief"]
+
+
+def test_a_loss_that_is_a_sum_is_found_before_anything_is_measured(request_plan, here):
+    with pytest.raises(ConfigError, match="count"):
+        plan_stage(request_plan("summed", check=True))
+    assert here == ["memfit.memory.probe:run"]

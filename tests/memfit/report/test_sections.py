@@ -87,7 +87,7 @@ def test_a_missing_figure_is_a_dash_that_explains_itself(finished):
     titles = {attributes.get("title") for tag, attributes in finished.elements if tag in ("td", "dd")}
     assert "undefined: no row to compute it from" in titles
     assert "this baseline has no such score" in titles
-    assert "not predicted: this plan was found by measuring" in titles
+    assert "not predicted: the step could not be simulated" in titles
 
 
 def test_the_training_shows_how_each_stage_ended(finished):

@@ -18,6 +18,7 @@ from memfit.report.blocks import (
     pending,
     text_cell,
 )
+from memfit.report.memory_timeline import timeline_figure
 from memfit.report.run_files import Run, objects
 from memfit.report.units import bytes_text, count_text, finite, number_text, seconds_text
 
@@ -26,6 +27,7 @@ _OUTCOMES = {
     "oom": ("out of memory", "bad", "the process ran out of its budget"),
     "over_budget": ("over budget", "bad", "ran, but its peak was above the budget"),
     "timeout": ("timeout", "warn", "took longer than a probe may"),
+    "predicted": ("predicted", "", "simulated, not run"),
     "failed": ("failed", "bad", "ended in an error that is not about memory"),
 }
 _CLASSES = {
@@ -43,12 +45,12 @@ def plan(run: Run) -> Section:
     if not run.plans:
         return pending("plan", title, "no memory plan has been made")
     blocks: list[Block] = []
-    for stage in run.plans:
-        blocks += _stage(stage)
+    for number, stage in enumerate(run.plans, 1):
+        blocks += _stage(stage, number)
     return Section("plan", title, tuple(blocks), lead=_levers_sentence(run.plans))
 
 
-def _stage(stage: dict[str, Any]) -> list[Block]:
+def _stage(stage: dict[str, Any], number: int) -> list[Block]:
     probes = objects(stage.get("probes"))
     chosen = _chosen(stage, probes)
     blocks: list[Block] = [Heading(str(stage.get("stage") or "stage"), _layout_sentence(stage))]
@@ -57,6 +59,9 @@ def _stage(stage: dict[str, Any]) -> list[Block]:
     else:
         blocks.append(Note(f"An estimate, not yet run: {stage.get('reason') or 'no reason recorded'}", "warn"))
     blocks += [_facts(stage), _levers(stage)]
+    drawn = timeline_figure(f"timeline-{number}", stage)
+    if drawn is not None:
+        blocks.append(drawn)
     if probes:
         table = _probe_table(probes, chosen, finite(stage.get("budget_bytes")))
         summary = f"All {len(probes)} tries" if len(probes) > 1 else "The one try"
@@ -96,7 +101,7 @@ def _bar_cell(value: Any, budget: float | None, why: str = "not measured") -> Ce
 
 def _facts(stage: dict[str, Any]) -> Facts:
     budget = finite(stage.get("budget_bytes"))
-    unseen = "not predicted: this plan was found by measuring"
+    unseen = "not predicted: the step could not be simulated"
     pairs = [
         ("Budget", measured(budget, bytes_text, "not set")),
         ("Measured peak", _bar_cell(stage.get("measured_peak_bytes"), budget, "no probe has run")),

@@ -1,0 +1,75 @@
+"""Whether a program's loss is what it is taken for: found out on a few real samples, before anything is planned."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from memfit.errors import ConfigError
+from memfit.memory.plan import Candidate
+from memfit.step import TrainingProgram, loss_terms, num_samples
+
+_SAME = 1e-3
+"""Relative difference up to which two losses are the same number; single precision is far better."""
+
+
+def check_loss(program: TrainingProgram, candidate: Candidate) -> None:
+    """Run the loss on two samples and on each of them alone, on the CPU, and compare.
+
+    Raises: ConfigError where the loss is not finite, has no graph, is not a tensor, is a sum where a mean is
+    expected, or does not decompose over samples.
+    """
+    size = 2 * program.min_micro_batch_size
+    with torch.random.fork_rng(devices=[]):
+        batch = program.make_batch(size, candidate.seq_len)
+        if num_samples(batch) != size:
+            raise ConfigError(
+                f"make_batch: expected {size} samples, got {num_samples(batch)}. Return as many as asked for."
+            )
+        model = program.build(candidate.variant)
+        _check_value(program, model.train(), batch)
+        if program.decomposes and program.count is None and _is_scalar(program, model.eval(), batch):
+            _check_mean(program, model, batch, size // 2)
+
+
+def _is_scalar(program: TrainingProgram, model: torch.nn.Module, batch: object) -> bool:
+    assert program.loss is not None
+    with torch.no_grad():
+        return isinstance(program.loss(model, batch), Tensor)
+
+
+def _check_value(program: TrainingProgram, model: torch.nn.Module, batch: object) -> None:
+    for name, value in loss_terms(program, model, batch).items():
+        if not isinstance(value, Tensor) or value.dim():
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"loss {name!r}: expected a tensor without dimensions, got {got}. Reduce it.")
+        if not torch.isfinite(value):
+            raise ConfigError(
+                f"loss {name!r}: expected a finite number, got {value.item()}. Check make_batch and loss."
+            )
+        if not value.requires_grad:
+            raise ConfigError(
+                f"loss {name!r}: expected a value that parameters can be trained with, got one without a graph. "
+                "Do not detach it, and leave some parameters trainable."
+            )
+
+
+def _check_mean(program: TrainingProgram, model: torch.nn.Module, batch: object, half: int) -> None:
+    """A mean over the samples is the mean of its halves; a sum is twice that; anything else does not decompose."""
+    assert program.loss is not None
+    with torch.no_grad():
+        whole = float(program.loss(model, batch))  # type: ignore[arg-type]
+        parts = [float(program.loss(model, part)) for part in program.split(batch, [half, half])]  # type: ignore[arg-type]
+    mean = sum(parts) / 2
+    if math.isclose(whole, mean, rel_tol=_SAME, abs_tol=1e-6):
+        return
+    if math.isclose(whole, 2 * mean, rel_tol=_SAME, abs_tol=1e-6):
+        raise ConfigError(
+            f"loss: expected a mean over the samples, got a sum: {whole:.6g} for two halves of {parts[0]:.6g} and "
+            f"{parts[1]:.6g}. Return the mean, or a sum per term ({{'loss': value}}) with count={{'loss': n}}."
+        )
+    raise ConfigError(
+        f"loss: expected a mean over the samples, got {whole:.6g} for two halves of {parts[0]:.6g} and {parts[1]:.6g}. "
+        "If it counts something else than samples (tokens, masked positions), return sums per term and give count; "
+        "if it compares samples with each other, declare decomposes=False: then a batch is never cut."
+    )
