@@ -281,6 +281,33 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
+@app.command(
+    "explain-oom",
+    help="Run your own training script; if it runs out of memory, say what held it, and what would fit.",
+    context_settings={"allow_interspersed_args": False},
+)
+def explain_oom(
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script; its own arguments follow it.")],
+    args: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="What the script gets.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Enforce a budget: 2GiB, 80%, or auto. Default: whatever memory there is.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:n: where the budget is enforced.")] = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout; what the script prints goes to stderr.")
+    ] = False,
+) -> None:
+    """Explain one script; end with its exit status, or with 9 where memory ran out."""
+    from memfit.console import show_oom, stderr_console
+    from memfit.memory.explain import explain_script
+
+    report = explain_script(script, args or [], budget=budget, device=device, own_stdout=as_json)
+    show_oom(stderr_console(), report)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    raise typer.Exit(report["exit_status"])
+
+
 def _interrupt(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -197,3 +198,53 @@ def show_summary(console: Console, summary: dict[str, Any]) -> None:
 
 
 USE = "print(Model({folder!r}).check())"
+
+
+def show_oom(console: Console, report: dict[str, Any]) -> None:
+    """Print what a script's tensors held when memory ran out, or at most, and what would fit."""
+    if report["status"] in ("oom", "killed"):
+        _show_failure(console, report)
+        _show_held(console, report, "What held the memory")
+        for number, each in enumerate(report["advice"], 1):
+            fits = {True: "would fit: ", False: "would not fit: ", None: ""}[each["fits"]]
+            console.print(f"{number}. {fits}{each['text']}", markup=False)
+    elif report["status"] == "ended":
+        peaks = ", ".join(f"{bytes_ / MIB:,.0f} MiB on {name}" for name, bytes_ in report.get("peaks", {}).items())
+        console.print(f"memfit: ended without running out of memory; tensors held at most {peaks or 'nothing'}")
+        if "categories" in report:
+            _show_held(console, report, "Near the peak")
+    if report["status"] != "oom" and report["times_out_of_memory"]:
+        console.print(f"memfit: memory ran out {report['times_out_of_memory']} times, and the script went on")
+
+
+def _show_failure(console: Console, report: dict[str, Any]) -> None:
+    request = "" if report["request_bytes"] is None else f", asking for {report['request_bytes'] / MIB:,.0f} MiB"
+    where = f" in {report['module']}" if report["module"] else ""
+    console.print(
+        f"memfit: out of memory on {report['device']}, phase {report['phase']}{where}{request}; the process held "
+        f"{report['process_bytes'] / MIB:,.0f} of {report['capacity_bytes'] / MIB:,.0f} MiB",
+        markup=False,
+    )
+    if report["source"]:
+        source = report["source"]
+        console.print(f"  {source['file']}:{source['line']}: {source['code']}", markup=False, soft_wrap=True)
+    if report["status"] == "killed":
+        console.print(f"  {report['message']}", markup=False)
+
+
+def _show_held(console: Console, report: dict[str, Any], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    names = [name for name, num_bytes in report["categories"].items() if num_bytes]
+    for name in ("module", "MiB", *(name.replace("_", " ") for name in names)):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    rows = [("all tensors", report["tensor_bytes"], report["categories"])]
+    rows += [(row["module"], row["bytes"], row["categories"]) for row in report["modules"]]
+    for name, num_bytes, parts in rows:
+        table.add_row(escape(name), _whole_mib(num_bytes), *(_whole_mib(parts.get(each, 0)) for each in names))
+    console.print(table)
+    rest = max(report["process_bytes"] - report["tensor_bytes"], 0)
+    console.print(f"Besides tensors the process held {rest / MIB:,.0f} MiB: Python, libraries, the allocator's slack.")
+
+
+def _whole_mib(num_bytes: int) -> str:
+    return f"{num_bytes / MIB:,.1f}" if num_bytes else "-"

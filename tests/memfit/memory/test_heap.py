@@ -126,7 +126,7 @@ def test_peaks_are_those_of_the_tensors_and_little_more_where_nothing_fragments(
     sizes = [40 * MIB] * 10
     expected, upper = resident_peaks([*range(10), *(~i for i in range(10))], sizes)
     assert 400 * MIB < expected < 401 * MIB
-    assert expected < upper < 430 * MIB
+    assert expected < upper < 440 * MIB
 
 
 def test_a_long_trace_is_replayed_in_time():
@@ -139,7 +139,8 @@ def test_a_long_trace_is_replayed_in_time():
 
 def test_an_estimate_is_what_a_real_child_takes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    row = compare(Case("mlp", {"width": 1280, "depth": 12}, 1024), tmp_path / "child.log")
+    # activations of more than 32 MiB are mapped: the same run peaks within 2 %, where smaller ones vary by 10 %
+    row = compare(Case("mlp", {"width": 1024, "depth": 4}, 8704), tmp_path / "child.log")
     assert row.measured > 500 * MIB
     assert abs(row.error_percent) < 20  # from one run to the next this child takes 551 to 660 MiB
     assert row.upper >= row.measured
