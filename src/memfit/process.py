@@ -203,7 +203,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == 12
     words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory",
-             "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't start new thread")  # fmt: skip
+             "could not create a primitive", "could not execute a primitive", "Cannot allocate memory",
+             "CUBLAS_STATUS_ALLOC_FAILED", "can't start new thread")  # fmt: skip
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
