@@ -20,21 +20,12 @@ from benchmarks.cpu_cases import CASES, Case
 from memfit.memory.budget import process_status
 from memfit.memory.estimate import Estimate, estimate
 from memfit.memory.host import num_cores, processor_title
-from memfit.memory.probe import materialize_state
 from memfit.process import Emit, run_child
-from memfit.step import TrainingStep
+from memfit.step import StepLayout, TrainingStep, materialize_state
 
 MIB = 2**20
 DEADLINE_SECONDS = 120.0
 COLUMNS = ("case", "predicted_bytes", "upper_bytes", "measured_bytes", "error_percent", "estimate_seconds")
-
-
-@dataclass(frozen=True)
-class Layout:
-    accumulation_steps: int
-    precision: str
-    checkpointing: str
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ def run(payload: dict[str, Any], _emit: Emit) -> dict[str, int]:
     model = program.build().train()
     optimizer = program.optimizer(model)
     materialize_state(model, optimizer)
-    layout = Layout(case.accumulation_steps, case.precision, case.checkpointing)
+    layout = StepLayout(case.accumulation_steps, case.precision, case.checkpointing)
     step = TrainingStep(layout, program, model, optimizer)
     batch = program.make_batch(case.micro_batch_size * case.accumulation_steps, None)
     for _ in range(2):

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.planner_cases import CASES, MIB, Case, add_options, stamp
-from benchmarks.planners import DEADLINE_SECONDS, Layout, Row
+from benchmarks.planners import DEADLINE_SECONDS, Row
 from memfit.memory.budget import enforce_budget, process_status
 from memfit.memory.plan import Candidate
-from memfit.memory.probe import evaluation_batch_size, materialize_state
+from memfit.memory.probe import evaluation_batch_size
 from memfit.memory.search import candidates, grid
 from memfit.process import Emit, run_child
-from memfit.step import CHECKPOINTINGS, TrainingStep
+from memfit.step import CHECKPOINTINGS, StepLayout, TrainingStep, materialize_state
 
 RATIO, CHILDREN, SECONDS, WITHOUT_OOM = 0.97, 3, 20.0, 0.95
 TIMED_STEPS, TIMED_SECONDS = 8, 1.5
@@ -48,7 +48,7 @@ def run(payload: dict[str, Any], _emit: Emit) -> dict[str, Any]:
     model = program.build().train()
     optimizer = program.optimizer(model)
     materialize_state(model, optimizer)
-    layout = Layout(candidate.accumulation_steps, candidate.precision, candidate.checkpointing)
+    layout = StepLayout(candidate.accumulation_steps, candidate.precision, candidate.checkpointing)
     step, batch, seconds = TrainingStep(layout, program, model, optimizer), program.make_batch(size), []
     step(batch)
     while len(seconds) < TIMED_STEPS and (len(seconds) < 2 or sum(seconds) < TIMED_SECONDS):

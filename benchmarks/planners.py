@@ -31,7 +31,7 @@ from memfit.errors import ConfigError
 from memfit.memory import planner
 from memfit.memory.budget import enforce_budget, process_status
 from memfit.process import Emit, Outcome, is_out_of_memory, run_child
-from memfit.step import TrainingProgram, TrainingStep
+from memfit.step import StepLayout, TrainingProgram, TrainingStep
 
 DEADLINE_SECONDS = 400.0
 STEPS_PER_TRIAL = 3  # Lightning's default, and what the others get
@@ -41,14 +41,6 @@ COLUMNS = (
     "trials", "ooms", "children", "seconds", "micro_batch_size", "checkpointing", "ever_run", "steps", "survived",
     "steps_done", "peak_bytes", "samples_per_second", "message",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layout:
-    accumulation_steps: int
-    precision: str = "fp32"
-    checkpointing: str = "none"
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -217,7 +209,7 @@ def train(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
     enforce_budget(case.budget_bytes, "cpu")
     model = program.build().train()
     optimizer = program.optimizer(model)
-    layout = Layout(answer.get("accumulation_steps", 1), checkpointing=answer.get("checkpointing", "none"))
+    layout = StepLayout(answer.get("accumulation_steps", 1), checkpointing=answer.get("checkpointing", "none"))
     step, seconds = TrainingStep(layout, program, model, optimizer), []
     for index in range(1, payload["steps"] + 1):
         if "accumulation_steps" in answer:

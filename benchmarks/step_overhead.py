@@ -8,29 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from memfit.step import TrainingProgram, TrainingStep, split_samples
-
-
-@dataclass(frozen=True)
-class Layout:
-    accumulation_steps: int
-    precision: str = "fp32"
-    checkpointing: str = "none"
-    device: str = "cpu"
+from memfit.step import StepLayout, TrainingProgram, TrainingStep, split_samples
 
 
 def model(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
 
-def with_memfit(width: int, layout: Layout) -> Callable[[dict[str, torch.Tensor]], object]:
+def with_memfit(width: int, layout: StepLayout) -> Callable[[dict[str, torch.Tensor]], object]:
     program = TrainingProgram(
         variants={"only": lambda: model(width)},
         make_batch=lambda n, _seq_len: {"x": torch.randn(n, width), "y": torch.randn(n, 1)},
@@ -41,7 +32,7 @@ def with_memfit(width: int, layout: Layout) -> Callable[[dict[str, torch.Tensor]
     return TrainingStep(layout, program, net, program.optimizer(net), clip=1.0)
 
 
-def by_hand(width: int, layout: Layout) -> Callable[[dict[str, torch.Tensor]], object]:
+def by_hand(width: int, layout: StepLayout) -> Callable[[dict[str, torch.Tensor]], object]:
     net = model(width)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
 
@@ -59,7 +50,7 @@ def by_hand(width: int, layout: Layout) -> Callable[[dict[str, torch.Tensor]], o
     return step
 
 
-def measure(width: int, layout: Layout, rounds: int) -> tuple[float, float]:
+def measure(width: int, layout: StepLayout, rounds: int) -> tuple[float, float]:
     batch = {"x": torch.randn(64, width), "y": torch.randn(64, 1)}
     steps = (with_memfit(width, layout), by_hand(width, layout))
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -86,7 +77,7 @@ def main() -> None:
     rows = []
     for width in (64, 512, 1024):
         for accumulation_steps in (1, 4, 16):
-            ours, plain = measure(width, Layout(accumulation_steps), options.rounds)
+            ours, plain = measure(width, StepLayout(accumulation_steps), options.rounds)
             rows.append([width, accumulation_steps, f"{ours / plain:.3f}", f"{plain * 1e3:.3f}"])
             print(f"width {width:5d}, {accumulation_steps:2d} micro-steps: memfit / by hand = {ours / plain:.3f}")
     if options.csv:

@@ -102,6 +102,15 @@ class TrainingProgram:
         """Build a variant, the default one if None."""
         return self.variants[variant or next(iter(self.variants))]()
 
+    def batch(self, size: int, seq_len: int | None = None) -> Batch:
+        """Make a worst-case batch on the host. Raises: ConfigError where it has another size than asked for."""
+        batch = self.make_batch(size, seq_len)
+        if num_samples(batch) != size:
+            raise ConfigError(
+                f"make_batch: expected {size} samples, got {num_samples(batch)}. Return as many as asked for."
+            )
+        return batch
+
 
 class Layout(Protocol):
     """How a step fits into memory: the part of a plan that a step reads."""
@@ -114,6 +123,16 @@ class Layout(Protocol):
     def checkpointing(self) -> str: ...  # noqa: D102
     @property
     def device(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """A layout by itself, where there is no plan."""
+
+    accumulation_steps: int = 1
+    precision: str = "fp32"
+    checkpointing: str = "none"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -151,6 +170,18 @@ def _recompute(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
     if not (module.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
+
+def materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its state before the first forward pass, as a resumed run has it.
+
+    Parameters move (weight decay), so this is for a model that is thrown away.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[Any]:

@@ -268,9 +268,9 @@ def _reason(request: PlanRequest, chosen: Probe, tried: Sequence[Probe]) -> str:
     fitting = len(ranking(considered))
     peak = chosen.peak_bytes or chosen.predicted_bytes or 0
     evidence = (
-        f"{share_of(peak, request.budget_bytes)}; confirmed in a fresh process with evaluation and a checkpoint write."
+        f"{_share_of(peak, request.budget_bytes)}; confirmed in a fresh process with evaluation and a checkpoint write."
         if chosen.outcome == "fits"
-        else f"{share_of(peak, request.budget_bytes)}, at most {(chosen.upper_bytes or 0) / MIB:.0f} MiB; predicted, "
+        else f"{_share_of(peak, request.budget_bytes)}, at most {(chosen.upper_bytes or 0) / MIB:.0f} MiB; predicted, "
         f"nothing was run on {request.device}."
     )
     return (
@@ -279,8 +279,7 @@ def _reason(request: PlanRequest, chosen: Probe, tried: Sequence[Probe]) -> str:
     )
 
 
-def share_of(peak_bytes: int, budget_bytes: int) -> str:
-    """Write a peak and its share of the budget."""
+def _share_of(peak_bytes: int, budget_bytes: int) -> str:
     return f"{peak_bytes / MIB:.0f} MiB, {peak_bytes / budget_bytes:.0%} of the budget"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.errors import ConfigError
 from memfit.memory import budget
 from memfit.memory.checks import check_loss
 from memfit.memory.devices import find_device, read_devices
@@ -20,7 +19,15 @@ from memfit.memory.plan import Candidate, Probe
 from memfit.memory.search import grid, ranking, sweep
 from memfit.memory.simulate import CannotSimulateError
 from memfit.process import Emit, is_out_of_memory
-from memfit.step import Batch, TrainingProgram, TrainingStep, autocast, map_tensors, num_samples
+from memfit.step import (
+    Batch,
+    StepLayout,
+    TrainingProgram,
+    TrainingStep,
+    autocast,
+    map_tensors,
+    materialize_state,
+)
 
 HEADROOM = 0.03
 """Share of the budget that a plan leaves free: a long run fragments a little more than a probe."""
@@ -29,14 +36,6 @@ EVALUATION_FACTOR = 4
 _MIN_TIMED_SECONDS = 0.3
 _MAX_TIMED_STEPS = 4
 _EXACT_TRIES = 8
-
-
-@dataclass(frozen=True)
-class _ProbeLayout:
-    accumulation_steps: int
-    precision: str
-    checkpointing: str
-    device: str
 
 
 def evaluation_batch_size(candidate: Candidate, global_batch_size: int) -> int:
@@ -227,9 +226,9 @@ class Prober:
     ) -> tuple[float, float]:
         """Run a step, an evaluation batch and a checkpoint write; return seconds per full global step."""
         micro_steps = min(2, candidate.accumulation_steps)  # two, so that gradients and activations coexist
-        layout = _ProbeLayout(micro_steps, candidate.precision, candidate.checkpointing, self.device)
+        layout = StepLayout(micro_steps, candidate.precision, candidate.checkpointing, self.device)
         step = TrainingStep(layout, self.program, model, optimizer, clip=self.clip)
-        batch = self._batch(candidate.micro_batch_size * micro_steps, candidate.seq_len)
+        batch = self.program.batch(candidate.micro_batch_size * micro_steps, candidate.seq_len)
         self._phase("train_step")
         if warm_up:
             step(batch)
@@ -237,20 +236,12 @@ class Prober:
         if self.program.evaluate is not None:
             self._phase("evaluate")
             size = evaluation_batch_size(candidate, self.global_batch_size)
-            self._evaluate(model, self.program.evaluate, self._batch(size, candidate.seq_len), candidate)
+            self._evaluate(model, self.program.evaluate, self.program.batch(size, candidate.seq_len), candidate)
         if self.program.save is not None:
             self._phase("save")
             with tempfile.TemporaryDirectory() as folder:
                 self.program.save(model, optimizer, Path(folder))
         return seconds
-
-    def _batch(self, size: int, seq_len: int | None) -> Batch:
-        batch = self.program.make_batch(size, seq_len)
-        if num_samples(batch) != size:
-            raise ConfigError(
-                f"make_batch: expected {size} samples, got {num_samples(batch)}. Return as many as asked for."
-            )
-        return batch
 
     def _time(self, step: TrainingStep, batch: Batch, micro_steps: int) -> tuple[float, float]:
         """Measure the fastest of a few steps: seconds per micro-step, and seconds of the update."""
@@ -270,15 +261,3 @@ class Prober:
         with torch.no_grad(), autocast(candidate.precision, self.device):
             evaluate(model, map_tensors(lambda tensor: tensor.to(self.device), batch))
         model.train()
-
-
-def materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer its state before the first forward pass, as a resumed run has it.
-
-    Parameters move (weight decay), so this is for a model that is thrown away.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

@@ -6,14 +6,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memfit.errors import ConfigError, MemfitError
+from memfit.errors import MemfitError
 from memfit.memory import workspaces
 from memfit.memory.devices import Device
 from memfit.memory.kernels import Kernels, pretend
@@ -21,12 +21,13 @@ from memfit.memory.roofline import Roofline
 from memfit.memory.trace import Recorder, Trace
 from memfit.step import (
     Batch,
+    StepLayout,
     TrainingProgram,
     TrainingStep,
     autocast,
     loss_terms,
     map_tensors,
-    num_samples,
+    materialize_state,
     tensors_of,
 )
 
@@ -35,16 +36,6 @@ Step = Callable[[nn.Module, torch.optim.Optimizer, Batch], Any]
 
 class CannotSimulateError(Exception):
     """The program does something that only real tensors can do: measure it instead."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a step is laid out while it is simulated."""
-
-    accumulation_steps: int
-    precision: str
-    checkpointing: str
-    device: str = "meta"
 
 
 def simulate(
@@ -73,7 +64,7 @@ def simulate(
 
     Raises: CannotSimulateError where the program needs real values.
     """
-    layout = Layout(1 if quick else min(2, accumulation_steps), precision, checkpointing)
+    layout = StepLayout(1 if quick else min(2, accumulation_steps), precision, checkpointing, "meta")
     try:
         with _random_numbers_kept(), _Simulation(device) as simulation:
             run = simulation.prepare(
@@ -143,7 +134,7 @@ class _Simulation:
     def prepare(
         self,
         program: TrainingProgram,
-        layout: Layout,
+        layout: StepLayout,
         size: int,
         seq_len: int | None,
         variant: str | None,
@@ -214,12 +205,8 @@ class _Simulation:
     def materialize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer its state before the first forward pass."""
         with self._recording("resume"):
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+            materialize_state(model, optimizer)
             self._hold_state(optimizer)
-            optimizer.zero_grad(set_to_none=True)
 
     def hold_gradients(self) -> None:
         """Give every trained parameter a gradient, as an earlier micro-step leaves it."""
@@ -321,11 +308,7 @@ def batch_on_meta(program: TrainingProgram, size: int, seq_len: int | None) -> B
     """Make a batch without memory; a maker that needs real values is run for real, its tensors emptied."""
     try:
         with torch.device("meta"):
-            batch = program.make_batch(size, seq_len)
+            batch = program.batch(size, seq_len)
     except (NotImplementedError, RuntimeError, TypeError):
-        batch = program.make_batch(size, seq_len)
-    if num_samples(batch) != size:
-        raise ConfigError(
-            f"make_batch: expected {size} samples, got {num_samples(batch)}. Return as many as asked for."
-        )
+        batch = program.batch(size, seq_len)
     return map_tensors(lambda tensor: tensor.to("meta"), batch)

@@ -11,9 +11,9 @@ from memfit.errors import ConfigError
 from memfit.memory import forecast
 from memfit.memory import probe as room
 from memfit.memory.plan import Candidate
-from memfit.memory.probe import Prober, evaluation_batch_size, load_program, materialize_state, relief, run
+from memfit.memory.probe import Prober, evaluation_batch_size, load_program, relief, run
 from memfit.memory.simulate import CannotSimulateError
-from memfit.step import TrainingProgram
+from memfit.step import TrainingProgram, materialize_state
 
 MIB, GIB = 2**20, 2**30
 LADDER = [Candidate(2, 4), Candidate(4, 2), Candidate(8, 1)]
