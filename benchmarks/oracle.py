@@ -24,8 +24,7 @@ import torch
 from benchmarks.planner_cases import CASES, MIB, Case, add_options, stamp
 from benchmarks.planners import DEADLINE_SECONDS, Row
 from memfit.memory.budget import enforce_budget, process_status
-from memfit.memory.plan import Candidate
-from memfit.memory.probe import evaluation_batch_size
+from memfit.memory.plan import Candidate, evaluation_batch_size
 from memfit.memory.search import candidates, grid
 from memfit.process import Emit, run_child
 from memfit.step import CHECKPOINTINGS, StepLayout, TrainingStep, materialize_state

@@ -4,8 +4,9 @@ The command line and the Prefect flow both call `open_run` and `Pipeline.perform
 decided here alone, by fingerprints.
 """
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,18 +15,19 @@ from typing import Any
 
 import memfit
 from memfit.config import RunConfig, Stage, load_config, to_toml
-from memfit.data.prepare import prepare_series, prepared_fingerprint
+from memfit.data.prepare import outline_series, prepare_series, prepared_fingerprint
 from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError, DoesNotFitError, RunStateError
 from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import is_here, read_devices
-from memfit.memory.plan import Plan, Probe
-from memfit.memory.planner import PlanRequest, plan_stage
-from memfit.memory.probe import HEADROOM
+from memfit.memory.plan import HEADROOM, Plan, Probe
+from memfit.memory.planner import check_feasible, plan_stage
+from memfit.memory.request import PlanRequest
 from memfit.process import Emit, run_child
 from memfit.report.page import write_report
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
+from memfit.workloads.registry import WORKLOADS
 
 PACKAGE = Path(memfit.__file__).parent
 CODE = {
@@ -129,6 +131,8 @@ class Pipeline:
         existed = (self.store / self.data_key / "manifest.json").exists()
         started = time.perf_counter()
         self.run.note("prepare", self.data_key, "running")
+        if not existed:
+            self._check_feasible()
         path = prepare_series(
             self._series, self.store, code_version=code_version("data"), fresh=self.fresh, on_progress=self._progress
         )
@@ -142,6 +146,31 @@ class Pipeline:
             seconds=time.perf_counter() - started,
         )
 
+    def _check_feasible(self) -> None:
+        """Refuse what cannot fit by far before data is prepared, on made-up data of the same shapes.
+
+        Raises: DoesNotFitError.
+        """
+        with tempfile.TemporaryDirectory(prefix="memfit-outline-") as folder:
+            outline_series(self._series, Path(folder) / "data")
+            different = {self._weight(stage): stage for stage in self.config.stages}.values()
+            failure: DoesNotFitError | None = None
+            for variant in self._variants:
+                requests = [
+                    self._request(stage, variant, "", data_dir=str(Path(folder) / "data")) for stage in different
+                ]
+                try:
+                    return check_feasible(requests)
+                except DoesNotFitError as error:
+                    failure = failure or error
+            assert failure is not None
+            raise failure
+
+    @staticmethod
+    def _weight(stage: Stage) -> str:
+        """Tell apart stages whose smallest step takes different amounts of memory."""
+        return fingerprint([stage.optimizer.model_dump(mode="json"), list(stage.train), bool(stage.clip)])
+
     def _progress(self, message: str, share: float) -> None:
         self.on_event({"event": "progress", "message": message, "share": share})
 
@@ -152,10 +181,10 @@ class Pipeline:
         known = self.config.model.all_variants()
         return {name: known[name] for name in dict.fromkeys([next(iter(known)), *self.config.plan.variants])}
 
-    def _job(self, stage: Stage) -> dict[str, Any]:
+    def _job(self, stage: Stage, data_dir: str | None = None) -> dict[str, Any]:
         return {
             "workload": self.config.workload,
-            "data_dir": self.run.record["data_dir"],
+            "data_dir": data_dir or self.run.record["data_dir"],
             "model": {"variant": next(iter(self._variants)), "variants": self._variants},
             "loss": stage.loss.model_dump(mode="json"),
             "stage": stage.arguments(),
@@ -248,10 +277,17 @@ class Pipeline:
             except (ValueError, TypeError, KeyError, RunStateError):
                 stored.unlink()  # torn or of another version: plan again
         self._say_what_changed(stage, variant)
+        plan = plan_stage(self._request(stage, variant, key, known), lambda probe: self._on_probe(stage.name, probe))
+        write_json(stored, plan.to_dict())
+        return plan, False
+
+    def _request(
+        self, stage: Stage, variant: str, key: str, known: Sequence[Probe] = (), data_dir: str | None = None
+    ) -> PlanRequest:
         settings = self.config.plan
-        request = PlanRequest(
+        return PlanRequest(
             stage=stage.name,
-            program={"factory": "memfit.training.program:from_job", "arguments": self._job(stage)},
+            program={"factory": "memfit.training.program:from_job", "arguments": self._job(stage, data_dir)},
             global_batch_size=stage.global_batch_size,
             budget_bytes=self._budget_bytes,
             device=settings.device,
@@ -264,12 +300,10 @@ class Pipeline:
             deadline_seconds=settings.deadline_seconds,
             estimate_only=settings.estimate_only,
             user_devices=settings.devices,
+            min_micro_batch_size=WORKLOADS[self.config.workload].min_micro_batch_size,
             known=known,
             log=self._log("plan"),
         )
-        plan = plan_stage(request, lambda probe: self._on_probe(stage.name, probe))
-        write_json(stored, plan.to_dict())
-        return plan, False
 
     def _on_probe(self, stage: str, probe: Probe) -> None:
         self.on_event({"event": "probe", "stage": stage, "probe": vars(probe)})
@@ -295,6 +329,8 @@ class Pipeline:
             "variant",
             "device",
             "eval_batch_size",
+            "chunked_loss",
+            "foreach",
         )
         return fingerprint(
             {

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memfit.chunked_loss import chunking
 from memfit.errors import ConfigError
 
 Batch = Any
@@ -123,6 +124,10 @@ class Layout(Protocol):
     def checkpointing(self) -> str: ...  # noqa: D102
     @property
     def device(self) -> str: ...  # noqa: D102
+    @property
+    def chunked_loss(self) -> bool: ...  # noqa: D102
+    @property
+    def foreach(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class StepLayout:
     precision: str = "fp32"
     checkpointing: str = "none"
     device: str = "cpu"
+    chunked_loss: bool = False
+    foreach: bool = True
 
 
 @dataclass(frozen=True)
@@ -203,12 +210,38 @@ def term_counts(program: TrainingProgram, batch: Batch) -> Mapping[str, float] |
     return None if program.count is None else program.count(batch)
 
 
+def num_ranks() -> int:
+    """Count the processes that share a global batch: those of torch.distributed, or this one."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Add up each tensor over all ranks, in place and one by one: no bucket takes memory."""
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor)
+
+
+def over_all_ranks(
+    counts: Mapping[str, float] | None, size: int, device: str
+) -> tuple[Mapping[str, float] | None, int]:
+    """Return the counts and the size of the whole global batch, of which this process has a share."""
+    if num_ranks() == 1:
+        return counts, size
+    amounts = torch.tensor([float(size), *(counts or {}).values()], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(amounts)
+    total, *summed = amounts.tolist()
+    return None if counts is None else dict(zip(counts, summed, strict=True)), int(total)
+
+
 @dataclass
 class TrainingStep:
     """One optimizer step on one global batch, under a plan's layout.
 
     Every term is divided by its count over the whole global batch, so that gradients do not depend on how the batch
-    is cut. The batch stays on the host; a micro-batch moves to the device when its turn comes.
+    is cut. The batch stays on the host; a micro-batch moves to the device when its turn comes. Under torch.distributed
+    every process begins with the same weights and is given its share of the global batch; counts and gradients are
+    summed over all of them.
     """
 
     layout: Layout
@@ -224,15 +257,22 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device_type, enabled=self.layout.precision == "fp16")
         if self.layout.checkpointing == "blocks":
             checkpoint_blocks(self.model, self.program.blocks)
+        if not self.layout.foreach:
+            for group in self.optimizer.param_groups:
+                group.update({"foreach": False} if "foreach" in group else {})
 
     def __call__(self, batch: Batch) -> StepStats:
         """Train on one global batch: forward and backward per micro-batch, then one update."""
         started, size = self._clock(), num_samples(batch)
-        counts = term_counts(self.program, batch)
+        micro_sizes = micro_batch_sizes(size, self.layout.accumulation_steps)
+        counts, size = over_all_ranks(term_counts(self.program, batch), size, self.layout.device)
         sums: dict[str, Tensor] = {}
-        for micro in self.program.split(batch, micro_batch_sizes(size, self.layout.accumulation_steps)):
+        for micro in self.program.split(batch, micro_sizes):
             for term, value in self.accumulate(micro, counts, size).items():
                 sums[term] = sums[term] + value if term in sums else value
+        if num_ranks() > 1:
+            sum_over_ranks(self._gradients())
+            sum_over_ranks(sums.values())
         accumulated = self._clock()
         norm, stepped = self.update()
         losses = {term: float(value) for term, value in sums.items()}
@@ -248,21 +288,31 @@ class TrainingStep:
     def accumulate(self, micro: Batch, counts: Mapping[str, float] | None, size: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients; return its share of each term's loss, detached."""
         micro = map_tensors(lambda tensor: tensor.to(self.layout.device, non_blocking=True), micro)
-        with autocast(self.layout.precision, self.layout.device):
-            sums = loss_terms(self.program, self.model, micro)
-        shares = {term: value.float() * _inverse(counts, term, size) for term, value in sums.items()}
-        torch.autograd.backward(self.scaler.scale(_total(shares.values())))
+        with chunking(self.layout.chunked_loss):
+            with autocast(self.layout.precision, self.layout.device):
+                sums = loss_terms(self.program, self.model, micro)
+            shares = {term: value.float() * _inverse(counts, term, size) for term, value in sums.items()}
+            torch.autograd.backward(self.scaler.scale(_total(shares.values())))
         return {term: share.detach() for term, share in shares.items()}
 
     def update(self) -> tuple[Tensor, bool]:
         """Unscale, clip, step and zero; return the gradient norm before clipping and whether it stepped."""
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = float("inf") if self.clip is None else self.clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), limit)
         stepped = self._step_with_scaler() if self.scaler.is_enabled() else self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, stepped
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Yield every parameter's gradient; zeros where this rank's share made none, as another's may have."""
+        for parameter in self._parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                yield parameter.grad
 
     def _step_with_scaler(self) -> bool:
         scale = self.scaler.get_scale()

@@ -1,13 +1,12 @@
 """The one step: how a batch is cut changes nothing in the gradients, whatever each head counts."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from memfit.step import (
+    StepLayout,
     TrainingProgram,
     TrainingStep,
     micro_batch_sizes,
@@ -18,14 +17,6 @@ from memfit.step import (
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Layout:
-    accumulation_steps: int = 1
-    precision: str = "fp32"
-    checkpointing: str = "none"
-    device: str = "cpu"
 
 
 class ThreeHeads(nn.Module):
@@ -98,14 +89,14 @@ def program(**changes) -> TrainingProgram:
     return TrainingProgram(**{**settings, **changes})
 
 
-def new_step(layout: Layout, chosen: TrainingProgram | None = None, clip: float | None = None) -> TrainingStep:
+def new_step(layout: StepLayout, chosen: TrainingProgram | None = None, clip: float | None = None) -> TrainingStep:
     torch.manual_seed(1)
     chosen = chosen or program()
     model = chosen.build()
     return TrainingStep(layout, chosen, model, chosen.optimizer(model), clip=clip)
 
 
-def gradients(batch, layout: Layout, chosen: TrainingProgram | None = None) -> torch.Tensor:
+def gradients(batch, layout: StepLayout, chosen: TrainingProgram | None = None) -> torch.Tensor:
     step = new_step(layout, chosen)
     step(batch)
     return step.optimizer.gradients
@@ -128,14 +119,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(n, k):
     batch = masked_batch(n)
-    assert relative(gradients(batch, Layout(k)), reference(batch)) < 1e-6
+    assert relative(gradients(batch, StepLayout(k)), reference(batch)) < 1e-6
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_a_term_that_counts_nothing_in_the_whole_batch_adds_nothing(k):
     batch = masked_batch(13, any_flags=False)
     assert count(batch)["flag"] == 0
-    step = new_step(Layout(k))
+    step = new_step(StepLayout(k))
     stats = step(batch)
     assert stats.losses["flag"] == 0.0
     assert relative(step.optimizer.gradients, reference(batch)) < 1e-6
@@ -157,7 +148,7 @@ def test_reported_losses_are_sums_over_global_counts():
     torch.manual_seed(1)
     counts = count(batch)
     expected = {term: value.item() / counts[term] for term, value in sums(ThreeHeads(), batch).items()}
-    stats = new_step(Layout(4))(batch)
+    stats = new_step(StepLayout(4))(batch)
     assert stats.losses == pytest.approx(expected, rel=1e-6)
     assert stats.total == pytest.approx(sum(expected.values()), rel=1e-6)
     assert stats.num_samples == 13
@@ -174,8 +165,8 @@ def test_a_scalar_mean_trains_as_sums_over_counts_do(k):
     def terms(model, part):
         return {"loss": F.mse_loss(model(part["x"])[0], part["y"], reduction="sum")}
 
-    scalar = gradients(batch, Layout(k), program(loss=mean, count=None))
-    summed = gradients(batch, Layout(1), program(loss=terms, count=lambda part: {"loss": float(num_samples(part))}))
+    scalar = gradients(batch, StepLayout(k), program(loss=mean, count=None))
+    summed = gradients(batch, StepLayout(1), program(loss=terms, count=lambda part: {"loss": float(num_samples(part))}))
     assert relative(scalar, summed) < 1e-6
 
 
@@ -187,14 +178,14 @@ def test_gradients_of_the_real_series_net_do_not_depend_on_the_cut(prepared, tin
     workload = SeriesWorkload(prepared, {"variant": "light", "variants": {"light": options}}, {"class_balance": True})
     chosen = program(variants=workload.variants(), loss=workload.loss, count=workload.count)
     batch = workload.batch("train", torch.arange(13).numpy())
-    whole = gradients(batch, Layout(1), chosen)
+    whole = gradients(batch, StepLayout(1), chosen)
     assert whole.norm() > 0.1
-    assert relative(gradients(batch, Layout(k), chosen), whole) < 1e-6
+    assert relative(gradients(batch, StepLayout(k), chosen), whole) < 1e-6
 
 
 def test_bf16_computes_in_low_precision_and_keeps_fp32_weights():
     batch = masked_batch(13)
-    step = new_step(Layout(4, precision="bf16"))
+    step = new_step(StepLayout(4, precision="bf16"))
     seen = []
     step.model.body[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     step(batch)
@@ -204,7 +195,7 @@ def test_bf16_computes_in_low_precision_and_keeps_fp32_weights():
 
 
 def test_fp16_skips_an_overflow_then_recovers():
-    step = new_step(Layout(2, precision="fp16"))
+    step = new_step(StepLayout(2, precision="fp16"))
     before = {name: p.clone() for name, p in step.model.state_dict().items()}
     bad = masked_batch(8)
     bad["y"] = bad["y"] * 1e30
@@ -222,7 +213,7 @@ def test_fp16_skips_an_overflow_then_recovers():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_without_a_scaler_a_gradient_that_is_not_finite_leaves_the_weights_alone(precision):
-    step = new_step(Layout(2, precision=precision), clip=1.0)
+    step = new_step(StepLayout(2, precision=precision), clip=1.0)
     before = {name: p.clone() for name, p in step.model.state_dict().items()}
     bad = masked_batch(8)
     bad["x"][6, 0] = float("nan")
@@ -236,17 +227,17 @@ def test_without_a_scaler_a_gradient_that_is_not_finite_leaves_the_weights_alone
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clips_the_unscaled_gradient_and_reports_its_norm_before(precision):
     batch = masked_batch(13)
-    free = new_step(Layout(4, precision=precision))
+    free = new_step(StepLayout(4, precision=precision))
     norm = free(batch).gradient_norm
     assert norm == pytest.approx(float(reference(batch).norm()), rel=1e-6 if precision == "fp32" else 0.01)
-    clipped = new_step(Layout(4, precision=precision), clip=norm / 10)
+    clipped = new_step(StepLayout(4, precision=precision), clip=norm / 10)
     assert clipped(batch).gradient_norm == pytest.approx(norm, rel=1e-6)
     assert float(clipped.optimizer.gradients.norm()) == pytest.approx(norm / 10, rel=1e-3)
     assert relative(clipped.optimizer.gradients * 10, free.optimizer.gradients) < 1e-3
 
 
 def test_steps_once_per_global_batch_and_forgets_its_gradients():
-    step = new_step(Layout(4))
+    step = new_step(StepLayout(4))
     before = step.model.value.weight.clone()
     step(masked_batch(13))
     assert step.optimizer.steps == 1
@@ -260,14 +251,14 @@ def test_frozen_parameters_stay_as_they_are():
     model = chosen.build()
     model.body.requires_grad_(False)
     before = model.body[0].weight.clone()
-    TrainingStep(Layout(4), chosen, model, chosen.optimizer(model))(masked_batch(13))
+    TrainingStep(StepLayout(4), chosen, model, chosen.optimizer(model))(masked_batch(13))
     assert torch.equal(model.body[0].weight, before)
 
 
 def test_a_micro_batch_is_moved_only_when_its_turn_comes():
     sizes = []
     chosen = program(loss=lambda model, part: sizes.append(num_samples(part)) or sums(model, part))
-    new_step(Layout(4), chosen)(masked_batch(13))
+    new_step(StepLayout(4), chosen)(masked_batch(13))
     assert sizes == [4, 3, 3, 3]
 
 

@@ -1,20 +1,10 @@
 """Activation checkpointing: the same gradients to the last bit, for less memory."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
 
-from memfit.step import TrainingProgram, TrainingStep, checkpoint_blocks
-
-
-@dataclass(frozen=True)
-class Layout:
-    accumulation_steps: int
-    precision: str
-    checkpointing: str
-    device: str = "cpu"
+from memfit.step import StepLayout, TrainingProgram, TrainingStep, checkpoint_blocks
 
 
 class Block(nn.Module):
@@ -62,7 +52,7 @@ def trained(checkpointing: str, *, dropout: float, precision: str = "fp32", step
     torch.manual_seed(5)
     chosen = program(dropout)
     model = chosen.build()
-    step = TrainingStep(Layout(4, precision, checkpointing), chosen, model, chosen.optimizer(model))
+    step = TrainingStep(StepLayout(4, precision, checkpointing), chosen, model, chosen.optimizer(model))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = [step(batch()).total for _ in range(steps)]
     return model.state_dict(), losses, sum(kept), torch.get_rng_state()

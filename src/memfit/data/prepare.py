@@ -12,7 +12,7 @@ from memfit.data.features import compute_features, feature_names
 from memfit.data.gaps import ClosedSeries, close_gaps
 from memfit.data.source import SourceFile, find_files, hash_files, iso, read_series
 from memfit.data.spec import SeriesSpec
-from memfit.data.splits import SPLITS, Targets, choose_targets, class_edges, classify, exceeds
+from memfit.data.splits import SPLITS, Targets, choose_targets, class_edges, classify, exceeds, required_rows
 from memfit.data.store import is_whole, owned, replaced, write_manifest
 from memfit.files import fingerprint
 
@@ -73,6 +73,28 @@ def _build(spec: SeriesSpec, files: Sequence[SourceFile], directory: Path, repor
     report("read", 0.05)
     names = [spec.value_column, *spec.extra_columns]
     series = close_gaps(read_series(spec, files), names, spec.frequency, spec.gaps)
+    return _write(spec, files, series, directory, report)
+
+
+def outline_series(spec: SeriesSpec, directory: Path) -> None:
+    """Write the shortest series that the spec allows, with made-up values: its shapes, before any data is read."""
+    rows = required_rows(spec)
+    series = ClosedSeries(
+        times=np.arange(rows, dtype=np.int64) * 3_600_000_000_000,
+        values=np.linspace(-1.0, 1.0, rows) + spec.threshold,
+        extras=np.zeros((rows, len(spec.extra_columns))),
+        filled=np.zeros(rows, np.bool_),
+        eligible=np.ones(rows, np.bool_),
+        frequency="1h",
+    )
+    directory.mkdir(parents=True)
+    manifest = _write(spec, [], series, directory, lambda _phase, _share: None)
+    write_manifest(directory, {"schema": SCHEMA, "fingerprint": "outline", "code_version": "", **manifest})
+
+
+def _write(
+    spec: SeriesSpec, files: Sequence[SourceFile], series: ClosedSeries, directory: Path, report: Progress
+) -> dict[str, Any]:
     targets = choose_targets(spec, series.eligible)
     values = series.values.astype(np.float32)
     edges = class_edges(spec, values[targets.of("train")])

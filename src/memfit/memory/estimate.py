@@ -58,6 +58,8 @@ def estimate(
     device: str | Device = "cpu",
     step: Step | None = None,
     resumed: bool | None = None,
+    chunked_loss: bool = False,
+    foreach: bool = True,
 ) -> Estimate:
     """Estimate the memory of a step, or of an evaluation batch (phase "evaluate"), on a device.
 
@@ -79,6 +81,8 @@ def estimate(
         step=step,
         resumed=step is None if resumed is None else resumed,
         num_steps=2 if step is None else 3,
+        chunked_loss=chunked_loss,
+        foreach=foreach,
     )
     return from_trace(trace, target)
 

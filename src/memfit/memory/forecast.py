@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from memfit import chunked_loss
 from memfit.memory.devices import Device
 from memfit.memory.estimate import CATEGORIES, from_trace
 from memfit.memory.plan import Candidate, Probe
@@ -37,6 +38,8 @@ class Forecast:
         self._evaluated: dict[tuple[Any, ...], Prediction] = {}
         self._timelines: dict[Candidate, dict[str, list[Any]]] = {}
         self.notes: list[str] = []
+        self.usable: set[str] = set()
+        """Which of the levers chunked_loss and foreach change anything, as far as was simulated."""
 
     def of(self, candidate: Candidate) -> Prediction:
         """Simulate one layout: its training step, and its evaluation batch if the program has one."""
@@ -70,14 +73,19 @@ class Forecast:
         return replace(candidate, accumulation_steps=min(different, candidate.accumulation_steps))
 
     def _train(self, candidate: Candidate, *, quick: bool) -> Prediction:
+        chunked_loss.reset_used()
         trace = self._simulate(
             candidate,
             micro_batch_size=candidate.micro_batch_size,
             accumulation_steps=candidate.accumulation_steps,
             checkpointing=candidate.checkpointing,
+            chunked_loss=candidate.chunked_loss,
+            foreach=candidate.foreach,
             clip=self.clip,
             quick=quick,
         )
+        self.usable |= {"chunked_loss"} if chunked_loss.used() else set()
+        self.usable |= {"foreach"} if any(each.op.startswith("aten::_foreach") for each in trace.storages) else set()
         self.notes += [note for note in trace.notes if note not in self.notes]
         train = from_trace(trace, self.device)
         self._timelines[candidate] = _columns(train.timeline)

@@ -10,7 +10,8 @@ from memfit.files import fingerprint
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import find_device, is_here, read_devices
 from memfit.memory.plan import Plan
-from memfit.memory.planner import OnProbe, PlanRequest, plan_stage
+from memfit.memory.planner import plan_stage
+from memfit.memory.request import OnProbe, PlanRequest
 from memfit.process import run_child
 from memfit.step import CHECKPOINTINGS, PRECISIONS, TrainingProgram
 
@@ -27,6 +28,7 @@ def plan(
     variants: Sequence[str] | None = None,
     clip: float | None = None,
     deadline_seconds: float = 300.0,
+    num_devices: int = 1,
     estimate_only: bool = False,
     user_devices: Sequence[Mapping[str, Any]] = (),
     on_probe: OnProbe = lambda _probe: None,
@@ -37,13 +39,15 @@ def plan(
     precisions, checkpointing: what is allowed; the fastest that fits is taken. seq_lens, variants: what is allowed, in
     order of preference; all but the first are lossy and taken only where nothing before them fits.
     device: 'cpu', 'cuda', 'cuda:n', or a card of the catalog or of `user_devices`: then the plan is predicted, not run.
+    num_devices: how many equal devices share the global batch, one process each under torch.distributed; the budget and
+    the plan are those of one. What is run is one device's share, without the others.
     clip: the largest gradient norm, if the step clips. deadline_seconds: for one probing child.
 
     Nothing of the caller changes: models are built in child processes, random states stay as they are.
     Raises: ConfigError for a wrong argument, a program that cannot be pickled, or a loss that is not what it is taken
     for; DoesNotFitError with what would fit; ChildError where the program itself fails.
     """
-    _check_arguments(program, global_batch_size, precisions, checkpointing, variants)
+    _check_arguments(program, global_batch_size, precisions, checkpointing, variants, num_devices)
     cards = read_devices(user_devices)
     find_device(device, cards)
     if is_here(device):
@@ -63,8 +67,9 @@ def plan(
             checkpointings=tuple(name for name in checkpointing if name == "none" or program.blocks) or ("none",),
             variant=wanted[0],
             wanted_variant=wanted[0],
-            fingerprint=fingerprint([global_batch_size, budget, device, [*precisions], [*checkpointing]]),
+            fingerprint=fingerprint([global_batch_size, num_devices, budget, device, [*precisions], [*checkpointing]]),
             clip=clip,
+            num_devices=num_devices,
             min_micro_batch_size=program.min_micro_batch_size if program.decomposes else global_batch_size,
             deadline_seconds=deadline_seconds,
             seq_lens=tuple(seq_lens) if seq_lens else (None,),
@@ -93,6 +98,7 @@ def _check_arguments(
     precisions: Sequence[str],
     checkpointing: Sequence[str],
     variants: Sequence[str] | None,
+    num_devices: int,
 ) -> None:
     if not isinstance(global_batch_size, int) or isinstance(global_batch_size, bool) or global_batch_size < 1:
         raise ConfigError(f"global_batch_size: expected 1 or more samples, got {global_batch_size!r}. Raise it.")
@@ -103,6 +109,13 @@ def _check_arguments(
     ):
         if isinstance(given, str) or not given or not set(given) <= set(valid):
             raise ConfigError(f"{what}: expected some of {list(valid)}, got {given!r}. Give a list of them.")
+    if num_devices < 1 or num_devices > global_batch_size:
+        raise ConfigError(
+            f"num_devices: expected 1 to {global_batch_size}, a sample for each at least, got {num_devices}. "
+            "Raise the global batch, or use fewer devices."
+        )
+    if not program.decomposes and num_devices > 1:
+        raise ConfigError("num_devices: expected 1, as the loss does not decompose over samples. Use one device.")
     if program.decomposes and program.min_micro_batch_size > global_batch_size:
         raise ConfigError(
             f"min_micro_batch_size: expected at most the global batch of {global_batch_size}, got "

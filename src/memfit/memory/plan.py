@@ -7,6 +7,10 @@ from typing import Any
 from memfit.errors import RunStateError
 
 MIB = 2**20
+HEADROOM = 0.03
+"""Share of the budget that a plan leaves free: a long run fragments a little more than a probe."""
+EVALUATION_FACTOR = 4
+"""Evaluation keeps no activations, so its batches may be this many micro-batches large."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,20 @@ class Candidate:
     checkpointing: str = "none"
     variant: str | None = None
     seq_len: int | None = None
+    chunked_loss: bool = False
+    """Whether `memfit.linear_cross_entropy` works in chunks of rows."""
+    foreach: bool = True
+    """Whether the optimizer may update many tensors at once; its temporaries are then as large as all of them."""
 
     @property
-    def ladder(self) -> tuple[str, str, str | None, int | None]:
+    def ladder(self) -> tuple[Any, ...]:
         """What it shares with the candidates that differ in their micro-batch alone."""
-        return self.precision, self.checkpointing, self.variant, self.seq_len
+        return self.precision, self.checkpointing, self.variant, self.seq_len, self.chunked_loss, self.foreach
+
+
+def evaluation_batch_size(candidate: Candidate, global_batch_size: int) -> int:
+    """Choose the batch that evaluation runs with, and that the probe measures."""
+    return max(candidate.micro_batch_size, min(global_batch_size, EVALUATION_FACTOR * candidate.micro_batch_size))
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Probe:
     checkpointing: str
     variant: str | None
     outcome: str
-    """fits, over_budget, oom, timeout, or predicted: not run."""
+    """fits, over_budget, oom, timeout; not run: predicted (to fit), or over_budget without a measured peak."""
     peak_bytes: int | None = None
     step_seconds: float | None = None
     samples_per_second: float | None = None
@@ -50,6 +63,8 @@ class Probe:
     """True for the fresh child that confirmed the chosen candidate."""
     message: str = ""
     seq_len: int | None = None
+    chunked_loss: bool = False
+    foreach: bool = True
     predicted_bytes: int | None = None
     """Peak of the process by simulation."""
     upper_bytes: int | None = None
@@ -58,8 +73,7 @@ class Probe:
     @property
     def candidate(self) -> Candidate:
         """The layout that was run."""
-        layout = (self.micro_batch_size, self.accumulation_steps, self.precision, self.checkpointing)
-        return Candidate(*layout, self.variant, self.seq_len)
+        return Candidate(**{each.name: getattr(self, each.name) for each in fields(Candidate)})
 
     def at(self, candidate: Candidate, global_batch_size: int) -> "Probe":
         """Return what this probe says of a layout that differs in its accumulation steps alone."""
@@ -101,6 +115,8 @@ class Plan:
     reason: str
     num_devices: int = 1
     seq_len: int | None = None
+    chunked_loss: bool = False
+    foreach: bool = True
     predicted_peak_bytes: int | None = None
     upper_peak_bytes: int | None = None
     timeline: dict[str, list[Any]] = field(default_factory=dict)
@@ -115,6 +131,8 @@ class Plan:
             f"{self.micro_batch_size}, {self.precision}, checkpointing {self.checkpointing}"
             + (f", variant {self.variant}" if self.variant else "")
             + (f", seq_len {self.seq_len}" if self.seq_len else "")
+            + (", loss in chunks" if self.chunked_loss else "")
+            + ("" if self.foreach else ", tensors updated one by one")
             + f" on {self.device}: {(peak or 0) / MIB:,.0f} MiB of {self.budget_bytes / MIB:,.0f} MiB ({held}).",
             self.reason,
             *(f"Lever {lever['name']} = {lever['value']} ({lever['class']})." for lever in self.levers),
@@ -144,6 +162,8 @@ def describe(probe: Probe) -> str:
     parts = [
         f"micro {probe.micro_batch_size} x {probe.accumulation_steps}, {probe.precision}, {probe.checkpointing}",
         *([f"seq_len {probe.seq_len}"] if probe.seq_len else []),
+        *(["loss in chunks"] if probe.chunked_loss else []),
+        *([] if probe.foreach else ["tensors updated one by one"]),
         ({"fits": "confirmed", "predicted": "chosen, predicted"} if probe.verifying else {}).get(
             probe.outcome, probe.outcome.replace("_", " ")
         ),

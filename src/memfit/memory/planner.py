@@ -1,53 +1,17 @@
 """The parent's side of planning: which ladders are climbed in children, and which plan is confirmed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from memfit.errors import ChildError, ConfigError, DoesNotFitError
+from memfit.memory.answers import CHEAP_LEVERS, answer, does_not_fit
 from memfit.memory.devices import find_device, is_here, read_devices
-from memfit.memory.plan import Candidate, Plan, Probe
-from memfit.memory.probe import HEADROOM, evaluation_batch_size
-from memfit.memory.search import candidates, confirm, memory_bound, ranking, worth_recomputing
+from memfit.memory.plan import HEADROOM, Candidate, Plan, Probe
+from memfit.memory.request import OnProbe, PlanRequest, Search
+from memfit.memory.search import candidates, confirm, memory_bound, savings, worth_recomputing
 from memfit.process import run_child
 
-MIB = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What is to be planned for one stage."""
-
-    stage: str
-    program: dict[str, Any]
-    """{"factory": "module:function", "arguments": {...}}: what a child builds the TrainingProgram with."""
-    global_batch_size: int
-    budget_bytes: int
-    device: str
-    precisions: Sequence[str]
-    checkpointings: Sequence[str]
-    variant: str
-    wanted_variant: str
-    """What the config asks for; planning another one is a lossy lever."""
-    fingerprint: str
-    clip: float | None = None
-    min_micro_batch_size: int = 1
-    deadline_seconds: float = 300.0
-    seq_lens: Sequence[int | None] = (None,)
-    """Sequence lengths that are allowed, in this order; all but the first are lossy. None: the program's own."""
-    estimate_only: bool = False
-    """Predict, and run nothing."""
-    user_devices: Sequence[Mapping[str, Any]] = ()
-    """Settings of cards that are not in the catalog."""
-    check: bool = False
-    """Check the loss first: for programs that nobody has tested."""
-    known: Sequence[Probe] = ()
-    """What ladders of the same program said for another global batch; those are not climbed again."""
-    log: Path
-
-
-OnProbe = Callable[[Probe], None]
 Timeline = dict[str, list[Any]]
 Found = tuple[Probe, Timeline]
 
@@ -58,97 +22,136 @@ def plan_stage(request: PlanRequest, on_probe: OnProbe = lambda _probe: None) ->
     For a device that is not here, or with `estimate_only`, nothing is run: the plan is predicted and not verified.
     Raises: DoesNotFitError with what would fit; ChildError when a probe fails for another reason.
     """
-    tried: list[Probe] = []
+    search = Search(request, on_probe)
+    by_forecast = request.estimate_only or not is_here(request.device)
     for seq_len in request.seq_lens:
-        find = _found_by_forecast if request.estimate_only or not is_here(request.device) else _found_by_probes
-        found = find(request, seq_len, tried, on_probe)
+        found = _found_by_forecast(search, seq_len) if by_forecast else _found_by_probes(search, seq_len)
         if found is not None:
-            return _plan(request, *found, tried)
-    raise DoesNotFitError(_does_not_fit(request, tried))
+            return answer(search, *found)
+    raise DoesNotFitError(does_not_fit(search))
 
 
-def _found_by_probes(request: PlanRequest, seq_len: int | None, tried: list[Probe], on_probe: OnProbe) -> Found | None:
-    found = _climb(request, seq_len, tried, on_probe)
+def _found_by_probes(search: Search, seq_len: int | None) -> Found | None:
+    found = _climb(search, seq_len)
+    if found and all(probe.outcome == "unsupported" for probe in found):
+        raise _no_precision(search.request)
     timelines: list[Timeline] = []
 
     def measure(candidate: Candidate) -> Probe:
-        ran = _run(request, [candidate], True, on_probe)
+        ran = _run(search, [candidate], True)
         timelines.append(ran.timeline)
         return ran.probes[-1]
 
     for probe in confirm(found, measure):
-        tried.append(probe)
+        search.tried.append(probe)
         if probe.outcome == "fits":
             return probe, timelines[-1]
     return None
 
 
-def _found_by_forecast(
-    request: PlanRequest, seq_len: int | None, tried: list[Probe], on_probe: OnProbe
-) -> Found | None:
+def _no_precision(request: PlanRequest, has: Sequence[str] = ()) -> ConfigError:
+    which = f", of {list(has)}" if has else ""
+    return ConfigError(
+        f"precisions: expected one that {request.device} has{which}, got {list(request.precisions)}. "
+        "Allow another in plan.precisions."
+    )
+
+
+def _found_by_forecast(search: Search, seq_len: int | None) -> Found | None:
     """Rank predictions, in a child: simulating changes torch for the whole process."""
+    request, tried = search.request, search.tried
 
     def listen(event: dict[str, Any]) -> None:
         if event["event"] == "probe":
             tried.append(Probe(**event["probe"]))
-            on_probe(tried[-1])
+            search.on_probe(tried[-1])
 
     device = find_device(request.device, read_devices(request.user_devices))
     precisions = [name for name in request.precisions if name in device.precisions]
-    ladders = [
-        [asdict(candidate) for candidate in _ladder(request, precision, checkpointing, seq_len)]
-        for precision in precisions
-        for checkpointing in request.checkpointings
-    ]
     if not precisions:
-        raise ConfigError(
-            f"precisions: expected one that {request.device} has, of {list(device.precisions)}, "
-            f"got {list(request.precisions)}. Allow another in plan.precisions."
-        )
+        raise _no_precision(request, device.precisions)
+    first = {"checkpointing": request.checkpointings[0]}
+    ladders = [[asdict(each) for each in _ladder(request, precision, seq_len, first)] for precision in precisions]
     known = [asdict(probe) for probe in request.known if not probe.verifying]
-    payload = {**_payload(request), "ladders": ladders, "known": known}
+    payload = {
+        **request.payload(),
+        "ladders": ladders,
+        "checkpointings": list(request.checkpointings),
+        "known": known,
+    }
     outcome = run_child(
-        "memfit.memory.probe:forecast",
+        "memfit.memory.outlook:forecast",
         payload,
         log=request.log,
         on_event=listen,
         deadline_seconds=request.deadline_seconds,
         grace_seconds=0.0,
     )
-    timeline = outcome.unwrap(f"the forecast of stage {request.stage!r}")["timeline"]
+    answer = outcome.unwrap(f"the forecast of stage {request.stage!r}")
+    search.relief = answer.get("relief", [])
     chosen = [probe for probe in tried if probe.verifying and probe.outcome == "predicted"]
-    return (chosen[-1], timeline) if chosen else None
+    return (chosen[-1], answer["timeline"]) if chosen else None
 
 
-def _ladder(request: PlanRequest, precision: str, checkpointing: str, seq_len: int | None) -> list[Candidate]:
+def _ladder(request: PlanRequest, precision: str, seq_len: int | None, saving: Mapping[str, Any]) -> list[Candidate]:
     return candidates(
-        request.global_batch_size,
+        request.device_batch_size,
         precision=precision,
-        checkpointing=checkpointing,
         variant=request.variant,
         seq_len=seq_len,
         min_micro_batch_size=request.min_micro_batch_size,
+        **saving,
     )
 
 
-def _climb(request: PlanRequest, seq_len: int | None, tried: list[Probe], on_probe: OnProbe) -> list[Probe]:
-    """Probe every allowed precision; recompute activations only where memory was what stopped the climb."""
-    found: list[Probe] = []
+def _smallest(request: PlanRequest, seq_len: int | None) -> list[dict[str, Any]]:
+    """List the smallest layout of every precision and checkpointing that is allowed."""
+    return [
+        asdict(_ladder(request, precision, seq_len, {"checkpointing": checkpointing})[0])
+        for precision in request.precisions
+        for checkpointing in request.checkpointings
+    ]
+
+
+def _climb(search: Search, seq_len: int | None) -> list[Probe]:
+    """Probe every allowed precision; save memory by further exact levers only where memory was what ended the climb."""
+    request, found = search.request, list[Probe]()
+    limit = int(request.budget_bytes * (1 - HEADROOM))
+    search.relief = []
+    usable = {name for probe in request.known for name, default in CHEAP_LEVERS if getattr(probe, name) != default}
     for precision in request.precisions:
-        bound = True
-        for checkpointing in request.checkpointings:
-            ladder, predicted = _ladder(request, precision, checkpointing, seq_len), list[int]()
+        before: tuple[list[Probe], list[Candidate], list[int]] | None = None
+        for saving in savings(request.checkpointings, usable):
+            ladder, predicted = _ladder(request, precision, seq_len, saving), list[int]()
             probes = _known(request, ladder)
-            if not (probes or bound):
+            if not probes and before is not None and not _worth_saving(*before, saving, limit):
                 break
             if not probes:
-                ran = _run(request, ladder, False, on_probe)
+                ran = _run(search, ladder, False, _smallest(request, seq_len))
+                if ran.single_sample_fails:  # batch statistics of one sample, perhaps: if not, two fail as well
+                    search.request = replace(request, min_micro_batch_size=min(2, request.device_batch_size))
+                    return _climb(search, seq_len)
                 probes, predicted = ran.probes, ran.predicted
-            tried.extend(probes)
+                usable |= set(ran.usable)
+                search.relief = ran.relief
+            search.tried.extend(probes)
             found.extend(probes)
-            limit = int(request.budget_bytes * (1 - HEADROOM))
-            bound = memory_bound(probes, ladder, predicted, limit) and worth_recomputing(probes, ladder)
+            before = probes, ladder, predicted
+            if search.relief:  # nothing fits, by far
+                return found
     return found
+
+
+def _worth_saving(
+    probes: Sequence[Probe],
+    ladder: Sequence[Candidate],
+    predicted: Sequence[int],
+    saving: Mapping[str, Any],
+    limit: int,
+) -> bool:
+    """Tell whether memory ended a climb, and a lever that costs as much as this one could win its cost back."""
+    recomputes = saving["checkpointing"] != ladder[0].checkpointing
+    return memory_bound(probes, ladder, predicted, limit) and (not recomputes or worth_recomputing(probes, ladder))
 
 
 def _known(request: PlanRequest, ladder: Sequence[Candidate]) -> list[Probe]:
@@ -167,17 +170,6 @@ def _known(request: PlanRequest, ladder: Sequence[Candidate]) -> list[Probe]:
     return [climbed[candidate.micro_batch_size].at(candidate, request.global_batch_size) for candidate in rungs]
 
 
-def _payload(request: PlanRequest) -> dict[str, Any]:
-    return {
-        "program": request.program,
-        "budget_bytes": request.budget_bytes,
-        "global_batch_size": request.global_batch_size,
-        "device": request.device,
-        "user_devices": [dict(device) for device in request.user_devices],
-        "clip": request.clip,
-    }
-
-
 @dataclass
 class Climb:
     """What a child found out of a ladder."""
@@ -185,25 +177,38 @@ class Climb:
     probes: list[Probe] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
     """Bytes of every rung, by simulation; empty where the program cannot be simulated."""
+    usable: list[str] = field(default_factory=list)
+    """Which of the levers chunked_loss and foreach change anything."""
+    relief: list[dict[str, Any]] = field(default_factory=list)
+    single_sample_fails: str = ""
+    """The error, other than of memory, of the smallest rung, where that is a single sample."""
     timeline: Timeline = field(default_factory=dict)
 
 
-def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_probe: OnProbe) -> Climb:
+def _run(
+    search: Search, ladder: Sequence[Candidate], verifying: bool, smallest: Sequence[dict[str, Any]] = ()
+) -> Climb:
     """Climb one ladder in one child. A child that dies is a measurement of the candidate that it was at."""
-    climb, at = Climb(), [ladder[0]]
+    request, climb, at = search.request, Climb(), [ladder[0]]
 
     def listen(event: dict[str, Any]) -> None:
         if event["event"] == "predicted":
-            climb.predicted = event["bytes"]
+            climb.predicted, climb.usable = event["bytes"], event["usable"]
         elif event["event"] == "trying":
             at[0] = Candidate(**event["candidate"])
         elif event["event"] == "probe":
             climb.probes.append(replace(Probe(**event["probe"]), verifying=verifying))
-            on_probe(climb.probes[-1])
+            search.on_probe(climb.probes[-1])
+        elif event["event"] == "batch_norm":
+            search.batch_norm = True
+        elif event["event"] == "timed":
+            timed = Probe(**event["probe"])
+            climb.probes = [timed if timed.candidate == probe.candidate else probe for probe in climb.probes]
 
     payload = {
-        **_payload(request),
+        **request.payload(),
         "candidates": [asdict(candidate) for candidate in ladder],
+        "smallest": list(smallest),
         "verifying": verifying,
         "check": request.check and not verifying,
     }
@@ -218,110 +223,39 @@ def _run(request: PlanRequest, ladder: Sequence[Candidate], verifying: bool, on_
     if outcome.status in ("oom", "timeout"):
         died = Probe(**asdict(at[0]), outcome=outcome.status, phase=outcome.phase, message=outcome.message)
         climb.probes.append(replace(died, verifying=verifying))
-        on_probe(climb.probes[-1])
+        search.on_probe(climb.probes[-1])
     elif outcome.status != "ok":
         outcome.unwrap(f"the probe of stage {request.stage!r}")
         raise ChildError(f"the probe of stage {request.stage!r} stopped early: {outcome.message}")
     else:
-        climb.timeline = outcome.value["timeline"]
+        climb.timeline, climb.relief = outcome.value["timeline"], outcome.value.get("relief", [])
+        climb.single_sample_fails = outcome.value.get("single_sample_fails", "")
     return climb
 
 
-def _plan(request: PlanRequest, chosen: Probe, timeline: Timeline, tried: Sequence[Probe]) -> Plan:
-    verified = chosen.outcome == "fits"
-    return Plan(
-        stage=request.stage,
-        device=request.device,
-        budget_bytes=request.budget_bytes,
-        global_batch_size=request.global_batch_size,
-        **asdict(chosen.candidate),
-        predicted_peak_bytes=chosen.predicted_bytes,
-        upper_peak_bytes=chosen.upper_bytes,
-        measured_peak_bytes=chosen.peak_bytes,
-        eval_batch_size=evaluation_batch_size(chosen.candidate, request.global_batch_size),
-        step_seconds=chosen.step_seconds,
-        samples_per_second=chosen.samples_per_second,
-        verified=verified,
-        levers=_levers(request, chosen.candidate),
-        probes=tuple(tried),
-        fingerprint=request.fingerprint,
-        reason=_reason(request, chosen, tried),
-        timeline=timeline,
-    )
+def check_feasible(requests: Sequence[PlanRequest]) -> None:
+    """Refuse programs whose smallest layouts are predicted to be far beyond the budget, in one child and unrun.
 
-
-def _levers(request: PlanRequest, chosen: Candidate) -> tuple[dict[str, Any], ...]:
-    used = [
-        ("accumulation_steps", "exact", chosen.accumulation_steps, 1),
-        ("checkpointing", "exact", chosen.checkpointing, "none"),
-        ("precision", "numerics", chosen.precision, "fp32"),
-        ("seq_len", "lossy", chosen.seq_len, request.seq_lens[0]),
-        ("variant", "lossy", chosen.variant, request.wanted_variant),
+    The programs may be of made-up data of the right shapes. What cannot be simulated passes. Raises: DoesNotFitError.
+    """
+    first = requests[0]
+    programs = [
+        {
+            "program": request.program,
+            "global_batch_size": request.global_batch_size,
+            "clip": request.clip,
+            "smallest": _smallest(request, request.seq_lens[-1]),
+        }
+        for request in requests
     ]
-    return tuple(
-        {"name": name, "class": kind, "value": value} for name, kind, value, default in used if value != default
-    )
-
-
-def _reason(request: PlanRequest, chosen: Probe, tried: Sequence[Probe]) -> str:
-    considered = [probe for probe in tried if not probe.verifying]
-    fitting = len(ranking(considered))
-    peak = chosen.peak_bytes or chosen.predicted_bytes or 0
-    evidence = (
-        f"{_share_of(peak, request.budget_bytes)}; confirmed in a fresh process with evaluation and a checkpoint write."
-        if chosen.outcome == "fits"
-        else f"{_share_of(peak, request.budget_bytes)}, at most {(chosen.upper_bytes or 0) / MIB:.0f} MiB; predicted, "
-        f"nothing was run on {request.device}."
-    )
-    return (
-        f"Fastest of {fitting} layouts that fit, {len(considered)} considered: "
-        f"{chosen.samples_per_second or 0.0:.1f} samples/s at {evidence}"
-    )
-
-
-def _share_of(peak_bytes: int, budget_bytes: int) -> str:
-    return f"{peak_bytes / MIB:.0f} MiB, {peak_bytes / budget_bytes:.0%} of the budget"
-
-
-def _does_not_fit(request: PlanRequest, tried: Sequence[Probe]) -> str:
-    """Name the smallest layout, what it needs beyond the budget, and the mildest change that is predicted to fit."""
-    latest = {probe.candidate: probe for probe in tried}  # the exact figure, where there is a rough one before it
-    failed = [probe for probe in reversed(latest.values()) if probe.outcome not in ("fits", "predicted")]
-    smallest = min(failed, key=_mildness, default=tried[-1])
-    limit = request.budget_bytes * (1 - HEADROOM)
-    needs = smallest.peak_bytes or smallest.upper_bytes
-    phase = f" (in phase {smallest.phase!r})" if smallest.phase else ""
-    got = (
-        f"needs {needs / MIB:.0f} MiB{phase}, {(needs - limit) / MIB:.0f} MiB too much"
-        if needs and needs > limit
-        else f"ended with {smallest.outcome}{phase}"
-    )
-    return (
-        f"stage {request.stage!r}: nothing that the config allows fits into {request.budget_bytes / MIB:.0f} MiB "
-        f"(of which {HEADROOM:.0%} stays free). The smallest that was tried, micro_batch_size "
-        f"{smallest.micro_batch_size}, {smallest.precision}, checkpointing {smallest.checkpointing}, variant "
-        f"{smallest.variant}, {got}. {_relief(request, smallest, limit)}"
-    )
-
-
-def _mildness(probe: Probe) -> tuple[int, int]:
-    return probe.micro_batch_size, probe.peak_bytes or probe.predicted_bytes or 2**62
-
-
-def _relief(request: PlanRequest, smallest: Probe, limit: float) -> str:
-    payload = {**_payload(request), "candidate": asdict(smallest.candidate)}
     outcome = run_child(
-        "memfit.memory.probe:relief", payload, log=request.log, deadline_seconds=60.0, grace_seconds=0.0
+        "memfit.memory.outlook:outlook",
+        {**first.payload(), "programs": programs},
+        log=first.log,
+        deadline_seconds=first.deadline_seconds,
+        grace_seconds=0.0,
     )
-    if outcome.status != "ok" or outcome.value[0]["upper_bytes"] <= limit:  # the estimate knows nothing of the cause
-        return "Raise the budget, or allow more: plan.precisions, plan.checkpointing, plan.variants."
-    asis, *changes = outcome.value
-    enough = [change for change in changes if change["upper_bytes"] <= limit]
-    budget = asis["upper_bytes"] / (1 - HEADROOM)
-    more = (budget - request.budget_bytes) / MIB
-    raised = f"raise the budget to {budget / MIB:.0f} MiB, {more:.0f} MiB more"
-    if not enough:
-        return f"By estimate no single change is enough: {raised}."
-    return (
-        f"By estimate {enough[0]['change']} would fit ({enough[0]['upper_bytes'] / MIB:.0f} MiB at most); or {raised}."
-    )
+    for request, found in zip(requests, outcome.unwrap("the outlook"), strict=True):
+        if found["probes"]:
+            probes = [Probe(**probe) for probe in found["probes"]]
+            raise DoesNotFitError(does_not_fit(Search(request, tried=probes, relief=found["relief"])))

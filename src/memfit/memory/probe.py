@@ -1,8 +1,7 @@
 """The child's side of planning: run candidates for real under the enforced budget."""
 
-import importlib
-import pickle
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from memfit.errors import MemfitError
 from memfit.memory import budget
 from memfit.memory.checks import check_loss
-from memfit.memory.devices import find_device, read_devices
 from memfit.memory.forecast import Forecast, Prediction
-from memfit.memory.plan import Candidate, Probe
-from memfit.memory.search import grid, ranking, sweep
+from memfit.memory.outlook import forecaster, hopeless, load_program, most_saving, relief
+from memfit.memory.plan import HEADROOM, Candidate, Probe, evaluation_batch_size
+from memfit.memory.search import HOPELESS, contenders, sweep
 from memfit.memory.simulate import CannotSimulateError
 from memfit.process import Emit, is_out_of_memory
 from memfit.step import (
@@ -29,59 +30,64 @@ from memfit.step import (
     materialize_state,
 )
 
-HEADROOM = 0.03
-"""Share of the budget that a plan leaves free: a long run fragments a little more than a probe."""
-EVALUATION_FACTOR = 4
-"""Evaluation keeps no activations, so its batches may be this many micro-batches large."""
 _MIN_TIMED_SECONDS = 0.3
+_AGAIN_SECONDS = 1.5
 _MAX_TIMED_STEPS = 4
-_EXACT_TRIES = 8
-
-
-def evaluation_batch_size(candidate: Candidate, global_batch_size: int) -> int:
-    """Choose the batch that evaluation runs with, and that the probe measures."""
-    return max(candidate.micro_batch_size, min(global_batch_size, EVALUATION_FACTOR * candidate.micro_batch_size))
-
-
-def load_program(description: dict[str, Any]) -> TrainingProgram:
-    """Build the program that `{"factory": "module:function", "arguments": {...}}` or `{"pickle": path}` describes."""
-    if "pickle" in description:
-        loaded = pickle.loads(Path(description["pickle"]).read_bytes())  # noqa: S301  (written by the parent just now)
-        assert isinstance(loaded, TrainingProgram)
-        return loaded
-    module, name = description["factory"].split(":")
-    program = getattr(importlib.import_module(module), name)(description["arguments"])
-    assert isinstance(program, TrainingProgram)
-    return program
 
 
 def run(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Measure a ladder of candidates that share everything but the micro-batch; emit each probe.
 
-    With `verifying` there is one candidate, and no other work before it.
+    With `verifying` there is one candidate, and no other work before it. Where all `smallest` candidates are predicted
+    to be far beyond the budget, nothing is run: they are emitted with the "relief" that would make one fit.
     """
     program = load_program(payload["program"])
     ladder = [Candidate(**candidate) for candidate in payload["candidates"]]
     limit = int(payload["budget_bytes"] * (1 - HEADROOM))
-    device = find_device(payload["device"], read_devices(payload["user_devices"]))
-    forecast = Forecast(program, device, evaluation_factor=EVALUATION_FACTOR, clip=payload["clip"])
+    forecast = forecaster(program, payload)
+    if ladder[0].precision not in forecast.device.precisions:
+        emit({"event": "probe", "probe": asdict(Probe(**asdict(ladder[0]), outcome="unsupported"))})
+        return {"timeline": {}}
     if payload["check"]:
         check_loss(program, ladder[0])
     predicted = {} if payload["verifying"] else _predict(forecast, ladder)
-    emit({"event": "predicted", "bytes": [predicted[c].peak_bytes for c in ladder if c in predicted]})
+    expected = [predicted[candidate].peak_bytes for candidate in ladder if candidate in predicted]
+    emit({"event": "predicted", "bytes": expected, "usable": sorted(forecast.usable)})
+    if ladder[0] in predicted and predicted[ladder[0]].peak_bytes > limit * (1 + HOPELESS):
+        smallest = [most_saving(Candidate(**candidate), forecast.usable) for candidate in payload["smallest"]]
+        if (refused := hopeless(forecast, smallest, limit, payload["global_batch_size"])) is not None:
+            for probe in refused:
+                emit({"event": "probe", "probe": asdict(probe)})
+            return {"timeline": {}, "relief": relief(forecast, refused)}
     budget.enforce_budget(payload["budget_bytes"], payload["device"])
     prober = Prober(
-        program, payload["device"], payload["budget_bytes"], payload["global_batch_size"], payload["clip"], emit
+        program,
+        payload["device"],
+        payload["budget_bytes"],
+        payload["global_batch_size"],
+        payload["clip"],
+        emit,
+        payload.get("device_batch_size", 0),
     )
 
     def expect(candidate: Candidate) -> int:
         return predicted[candidate].peak_bytes if candidate in predicted else 0
 
-    for probe in sweep(ladder, prober, limit, expect):
-        known = predicted.get(probe.candidate) or _predict(forecast, [probe.candidate]).get(probe.candidate)
-        if known is not None:
-            probe = replace(probe, predicted_bytes=known.peak_bytes, upper_bytes=known.upper_bytes)
-        emit({"event": "probe", "probe": asdict(probe)})
+    probes: list[Probe] = []
+    try:
+        for probe in sweep(ladder, prober, limit, expect):
+            known = predicted.get(probe.candidate) or _predict(forecast, [probe.candidate]).get(probe.candidate)
+            if known is not None:
+                probe = replace(probe, predicted_bytes=known.peak_bytes, upper_bytes=known.upper_bytes)
+            probes.append(probe)
+            emit({"event": "probe", "probe": asdict(probe)})
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, MemfitError) or probes or len(ladder) == 1 or ladder[0].micro_batch_size > 1:
+            raise
+        return {"timeline": {}, "single_sample_fails": f"{type(error).__name__}: {error}"}
+    if probes[-1].outcome != "oom":
+        for probe in prober.again(contenders(probes)):
+            emit({"event": "timed", "probe": asdict(probe)})
     return {"timeline": forecast.timeline(ladder[0])}
 
 
@@ -90,68 +96,6 @@ def _predict(forecast: Forecast, ladder: Sequence[Candidate]) -> dict[Candidate,
         return dict(zip(ladder, forecast.line(ladder), strict=True))
     except CannotSimulateError:
         return {}
-
-
-def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Predict ladders on a device that need not be here; emit rungs and the best layout of all."""
-    program = load_program(payload["program"])
-    device = find_device(payload["device"], read_devices(payload["user_devices"]))
-    oracle = Forecast(program, device, evaluation_factor=EVALUATION_FACTOR, clip=payload["clip"])
-    oracle.take_over(Probe(**probe) for probe in payload["known"])
-    limit, size = int(payload["budget_bytes"] * (1 - HEADROOM)), payload["global_batch_size"]
-    ladders = [[Candidate(**candidate) for candidate in ladder] for ladder in payload["ladders"]]
-    rungs = {candidate for ladder in ladders for candidate in ladder}
-    probes, smallest = [], []
-    for ladder in ladders:
-        layouts = grid(ladder)
-        for candidate, prediction in zip(layouts, oracle.line(ladder, layouts), strict=True):
-            probes.append(_predicted(candidate, prediction, limit, size))
-            if candidate in rungs:
-                emit({"event": "probe", "probe": asdict(probes[-1])})
-        smallest.append(probes[-len(layouts)])
-    for probe in (*ranking(probes)[:_EXACT_TRIES], *smallest):
-        exact = _predicted(probe.candidate, oracle.of(probe.candidate), limit, size)
-        fits = exact.outcome == "predicted"
-        emit({"event": "probe", "probe": asdict(replace(exact, verifying=fits))})
-        if fits:
-            return {"timeline": oracle.timeline(probe.candidate)}
-    return {"timeline": {}}
-
-
-def _predicted(candidate: Candidate, prediction: Prediction, limit: int, size: int) -> Probe:
-    probe = Probe(
-        **asdict(candidate),
-        outcome="predicted" if prediction.upper_bytes <= limit else "over_budget",
-        predicted_bytes=prediction.peak_bytes,
-        upper_bytes=prediction.upper_bytes,
-        micro_seconds=prediction.micro_seconds,
-        update_seconds=prediction.update_seconds,
-        phase=None if prediction.upper_bytes <= limit else prediction.phase,
-    )
-    return probe.at(candidate, size)
-
-
-def relief(payload: dict[str, Any], emit: Emit) -> list[dict[str, Any]]:
-    """Estimate what else would make the smallest layout fit: one change at a time, the mildest first."""
-    program = load_program(payload["program"])
-    device = find_device(payload["device"], read_devices(payload["user_devices"]))
-    smallest = Candidate(**payload["candidate"])
-    oracle = Forecast(program, device, evaluation_factor=EVALUATION_FACTOR, clip=payload["clip"])
-    changes: list[tuple[str, Candidate]] = [("", smallest)]
-    if program.blocks and smallest.checkpointing == "none":
-        changes.append(("plan.checkpointing 'blocks'", replace(smallest, checkpointing="blocks")))
-    lighter = [name for name in device.precisions if name != "fp32" and smallest.precision == "fp32"]
-    changes += [(f"plan.precisions {name!r}", replace(smallest, precision=name)) for name in lighter[:1]]
-    if smallest.seq_len:
-        changes.append((f"seq_len {smallest.seq_len // 2}", replace(smallest, seq_len=smallest.seq_len // 2)))
-    others = [name for name in program.variants if name != smallest.variant]
-    changes += [(f"the variant {name!r}", replace(smallest, variant=name)) for name in others]
-    found = []
-    for name, candidate in changes:
-        emit({"event": "phase", "phase": f"estimate {name}"})
-        prediction = oracle.of(candidate)
-        found.append({"change": name, "upper_bytes": prediction.upper_bytes, "phase": prediction.phase})
-    return found
 
 
 @dataclass
@@ -164,6 +108,8 @@ class Prober:
     global_batch_size: int
     clip: float | None
     emit: Emit
+    device_batch_size: int = 0
+    """The share of the global batch that this device has; 0: all of it."""
     _built: tuple[tuple[Any, ...], nn.Module, torch.optim.Optimizer] | None = None
     _at: str = ""
     _binding: tuple[int, str] = (0, "")
@@ -176,6 +122,18 @@ class Prober:
         self.emit({"event": "trying", "candidate": asdict(candidate)})
         return self._one(candidate, model, optimizer, warm_up=warm_up)
 
+    def again(self, probes: Sequence[Probe]) -> list[Probe]:
+        """Time some layouts that fit in turns, for a second or two, and return each with its fastest time."""
+        best, started = list(probes), time.perf_counter()
+        while best and time.perf_counter() - started < _AGAIN_SECONDS:
+            for place, probe in enumerate(best):
+                step, batch, micro_steps = self._step(probe.candidate, *self._build(probe.candidate))
+                known = probe.micro_seconds or 0.0, probe.update_seconds or 0.0
+                micro, update = min(known, self._time(step, batch, micro_steps))
+                faster = replace(probe, micro_seconds=micro, update_seconds=update)
+                best[place] = faster.at(probe.candidate, self.global_batch_size)
+        return best
+
     def _build(self, candidate: Candidate) -> tuple[nn.Module, torch.optim.Optimizer]:
         if self._built is None or self._built[0] != candidate.ladder:
             self._built = None
@@ -185,6 +143,8 @@ class Prober:
             self._phase("optimizer_state")
             materialize_state(model, optimizer)
             self._built = candidate.ladder, model, optimizer
+            if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                self.emit({"event": "batch_norm"})
         return self._built[1:]
 
     def _phase(self, name: str) -> None:
@@ -225,23 +185,36 @@ class Prober:
         self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer, warm_up: bool
     ) -> tuple[float, float]:
         """Run a step, an evaluation batch and a checkpoint write; return seconds per full global step."""
-        micro_steps = min(2, candidate.accumulation_steps)  # two, so that gradients and activations coexist
-        layout = StepLayout(micro_steps, candidate.precision, candidate.checkpointing, self.device)
-        step = TrainingStep(layout, self.program, model, optimizer, clip=self.clip)
-        batch = self.program.batch(candidate.micro_batch_size * micro_steps, candidate.seq_len)
+        step, batch, micro_steps = self._step(candidate, model, optimizer)
         self._phase("train_step")
         if warm_up:
             step(batch)
         seconds = self._time(step, batch, micro_steps)
         if self.program.evaluate is not None:
             self._phase("evaluate")
-            size = evaluation_batch_size(candidate, self.global_batch_size)
+            size = evaluation_batch_size(candidate, self.device_batch_size or self.global_batch_size)
             self._evaluate(model, self.program.evaluate, self.program.batch(size, candidate.seq_len), candidate)
         if self.program.save is not None:
             self._phase("save")
             with tempfile.TemporaryDirectory() as folder:
                 self.program.save(model, optimizer, Path(folder))
         return seconds
+
+    def _step(
+        self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[TrainingStep, Batch, int]:
+        """Lay out a step of as many micro-steps as matter, and make its batch."""
+        micro_steps = min(2, candidate.accumulation_steps)  # two, so that gradients and activations coexist
+        layout = StepLayout(
+            micro_steps,
+            candidate.precision,
+            candidate.checkpointing,
+            self.device,
+            candidate.chunked_loss,
+            candidate.foreach,
+        )
+        step = TrainingStep(layout, self.program, model, optimizer, clip=self.clip)
+        return step, self.program.batch(candidate.micro_batch_size * micro_steps, candidate.seq_len), micro_steps
 
     def _time(self, step: TrainingStep, batch: Batch, micro_steps: int) -> tuple[float, float]:
         """Measure the fastest of a few steps: seconds per micro-step, and seconds of the update."""

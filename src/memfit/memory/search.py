@@ -1,8 +1,9 @@
 """Choose among candidates: pure functions over a `measure` callable, so they need no device."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from memfit.memory.plan import Candidate, Probe
 
@@ -10,6 +11,12 @@ TIE = 0.03
 """Plans whose throughput differs by no more than this share are equal; the smaller peak wins."""
 FORECAST_SLACK = 0.15
 """A rung is left out only if it is predicted to pass the budget by more than this share."""
+NOISE = 0.15
+"""Share by which timings of the same layout differ on a machine that others use too."""
+PATIENCE_SECONDS = 5.0
+"""A rung that would take longer than this is not run for a gain that noise alone could hide."""
+HOPELESS = 0.3
+"""What is predicted to pass the budget by more than this share is not run at all."""
 RECOMPUTING_COSTS = 4 / 3
 """Checkpointing runs every block's forward pass twice: forward, forward, backward in place of forward, backward."""
 Measure = Callable[[Candidate], Probe]
@@ -24,6 +31,8 @@ def candidates(
     checkpointing: str,
     variant: str | None,
     seq_len: int | None = None,
+    chunked_loss: bool = False,
+    foreach: bool = True,
     min_micro_batch_size: int = 1,
 ) -> list[Candidate]:
     """List layouts from the smallest micro-batch to the whole batch, each about twice the one before it.
@@ -33,7 +42,8 @@ def candidates(
     largest_steps = max(1, global_batch_size // min_micro_batch_size)
     steps = {min(2**i, largest_steps) for i in range(largest_steps.bit_length() + 1)}
     sizes = sorted({math.ceil(global_batch_size / k) for k in steps})
-    return [Candidate(n, math.ceil(global_batch_size / n), precision, checkpointing, variant, seq_len) for n in sizes]
+    shared = (precision, checkpointing, variant, seq_len, chunked_loss, foreach)
+    return [Candidate(n, math.ceil(global_batch_size / n), *shared) for n in sizes]
 
 
 def grid(ladder: Sequence[Candidate]) -> list[Candidate]:
@@ -50,7 +60,7 @@ def sweep(
 
     A rung is left out when its prediction, or the line through the last two peaks, passes the budget; what of the
     gap below it fits is then tried, if larger micro-batches were faster up to there. The climb also ends when two
-    rungs in a row were no faster than the best before them.
+    rungs in a row were no faster than the best before them: by more than noise, or where going on takes long.
     """
     fitting: list[Probe] = []
     for candidate in ladder:
@@ -121,7 +131,39 @@ def _stalled(fitting: Sequence[Probe]) -> bool:
     if len(fitting) < 4:
         return False
     rates = [probe.samples_per_second or 0.0 for probe in fitting]
-    return max(rates[-2:]) <= max(rates[:-2])
+    best, latest = max(rates[:-2]), max(rates[-2:])
+    next_seconds = 4 * (fitting[-1].micro_seconds or 0.0)  # two micro-steps, each twice as large
+    return latest < best * (1 - NOISE) or (latest <= best and next_seconds > PATIENCE_SECONDS)
+
+
+def contenders(probes: Iterable[Probe]) -> list[Probe]:
+    """Pick what noise alone may have put into its order: the fastest that fit, three at most; none if it is one."""
+    fitting = sorted((p for p in probes if p.outcome == "fits"), key=lambda p: -(p.samples_per_second or 0.0))
+    close = [
+        p for p in fitting if (p.samples_per_second or 0.0) >= (fitting[0].samples_per_second or 0.0) * (1 - NOISE)
+    ]
+    return close[:3] if len(close) > 1 else []
+
+
+def savings(checkpointings: Sequence[str], usable: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield exact levers in the order of their cost, each with those before it: chunked loss, foreach, checkpointing.
+
+    `usable`: which of chunked_loss and foreach change anything; read when the second is asked for.
+    """
+    saving: dict[str, Any] = {"checkpointing": checkpointings[0], "chunked_loss": False, "foreach": True}
+    yield dict(saving)
+    for name in ("chunked_loss", "foreach"):
+        if name in usable:
+            saving[name] = not saving[name]
+            yield dict(saving)
+    for checkpointing in checkpointings[1:]:
+        yield {**saving, "checkpointing": checkpointing}
+
+
+def mildest(probes: Iterable[Probe]) -> Probe | None:
+    """Pick what came nearest to fitting: the smallest micro-batch, and of those the smallest peak."""
+    failed = [probe for probe in probes if probe.outcome not in ("fits", "predicted")]
+    return min(failed, key=lambda p: (p.micro_batch_size, p.peak_bytes or p.predicted_bytes or 2**62), default=None)
 
 
 def ranking(probes: Iterable[Probe]) -> list[Probe]:

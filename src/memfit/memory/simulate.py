@@ -54,6 +54,8 @@ def simulate(
     resumed: bool = True,
     num_steps: int = 2,
     quick: bool = False,
+    chunked_loss: bool = False,
+    foreach: bool = True,
 ) -> Trace:
     """Record what `num_steps` steps (or, with phase "evaluate", evaluation batches) allocate on a device.
 
@@ -64,7 +66,8 @@ def simulate(
 
     Raises: CannotSimulateError where the program needs real values.
     """
-    layout = StepLayout(1 if quick else min(2, accumulation_steps), precision, checkpointing, "meta")
+    micro_steps = 1 if quick else min(2, accumulation_steps)
+    layout = StepLayout(micro_steps, precision, checkpointing, "meta", chunked_loss, foreach)
     try:
         with _random_numbers_kept(), _Simulation(device) as simulation:
             run = simulation.prepare(

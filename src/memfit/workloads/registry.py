@@ -1,13 +1,13 @@
 """Workloads by name, built in a child from what the pipeline hands over."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memfit.workloads.base import Workload
 from memfit.workloads.series import SeriesWorkload
 
-WORKLOADS: dict[str, Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Workload]] = {"series": SeriesWorkload}
+WORKLOADS = {"series": SeriesWorkload}
 
 
 def load_workload(job: Mapping[str, Any]) -> Workload:

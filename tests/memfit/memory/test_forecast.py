@@ -7,8 +7,7 @@ from torch import nn
 from memfit.memory import forecast as room
 from memfit.memory.devices import Device, find_device
 from memfit.memory.forecast import Forecast
-from memfit.memory.plan import Candidate, Probe
-from memfit.memory.probe import evaluation_batch_size
+from memfit.memory.plan import Candidate, Probe, evaluation_batch_size
 from memfit.memory.search import candidates, grid
 from memfit.step import TrainingProgram
 

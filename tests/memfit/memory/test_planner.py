@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from memfit.errors import ChildError, ConfigError, DoesNotFitError, MemfitError
-from memfit.memory import budget, planner
+from memfit.memory import answers, budget, outlook, planner
 from memfit.memory.devices import find_device
 from memfit.memory.forecast import Forecast
-from memfit.memory.plan import Candidate, Plan
-from memfit.memory.planner import PlanRequest, plan_stage
-from memfit.memory.probe import EVALUATION_FACTOR, HEADROOM, load_program
+from memfit.memory.outlook import load_program
+from memfit.memory.plan import EVALUATION_FACTOR, HEADROOM, Candidate, Plan
+from memfit.memory.planner import plan_stage
+from memfit.memory.request import PlanRequest
 from memfit.memory.search import TIE
 from memfit.process import Outcome, run_child
 
@@ -104,8 +105,9 @@ def call_here(target, payload, *, on_event=None, **_) -> Outcome:
 def here(monkeypatch):
     """Call what children call in this process, where processes are not the point; return what was called."""
     called = []
-    monkeypatch.setattr(planner, "run_child", lambda target, *args, **how: called.append(target) or call_here(
-        target, *args, **how))  # fmt: skip
+    for module in (planner, answers):
+        monkeypatch.setattr(module, "run_child", lambda target, *args, **how: called.append(target) or call_here(
+            target, *args, **how))  # fmt: skip
     monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
     monkeypatch.syspath_prepend(str(PROGRAMS.parent))
     return called
@@ -116,23 +118,50 @@ def relief_here(monkeypatch):
     """Estimate in this process what would help; everything else has its child."""
 
     def run(target, *args, **how):
-        return (call_here if target.endswith(":relief") else run_child)(target, *args, **how)
+        return (call_here if target.endswith(":relief_in_child") else run_child)(target, *args, **how)
 
-    monkeypatch.setattr(planner, "run_child", run)
+    monkeypatch.setattr(answers, "run_child", run)
     monkeypatch.syspath_prepend(str(PROGRAMS.parent))
 
 
 def test_an_impossible_budget_says_what_was_tried_and_what_would_help(request_plan, relief_here):
     with pytest.raises(DoesNotFitError) as raised:
-        plan_stage(request_plan(budget_bytes=60 * MIB, checkpointings=("blocks",)))
+        plan_stage(request_plan(budget_bytes=60 * MIB))
     said = str(raised.value)
     assert "stage 'first'" in said
     assert "60 MiB" in said
     assert "micro_batch_size 1" in said
     assert "checkpointing blocks" in said
-    assert any(f"in phase {name!r}" in said for name in ("build", "optimizer_state"))
+    assert "by estimate needs" in said
     assert "By estimate no single change is enough: raise the budget to" in said
     assert "MiB more" in said
+
+
+def test_what_cannot_fit_by_far_is_answered_by_one_child_that_runs_nothing(request_plan, here):
+    seen = []
+    with pytest.raises(DoesNotFitError):
+        plan_stage(request_plan(budget_bytes=60 * MIB), seen.append)
+    assert here == ["memfit.memory.probe:run"]
+    assert [(probe.outcome, probe.checkpointing, probe.peak_bytes) for probe in seen] == [
+        ("over_budget", "none", None), ("over_budget", "blocks", None),
+    ]  # fmt: skip
+    assert all(probe.predicted_bytes > 60 * MIB for probe in seen)
+
+
+def test_programs_are_refused_before_anything_is_run_only_where_they_cannot_fit_by_far(request_plan, here):
+    planner.check_feasible([request_plan(), request_plan("sequences")])
+    with pytest.raises(DoesNotFitError, match=r"stage 'second'.*by estimate needs"):
+        planner.check_feasible([request_plan(), request_plan("sequences", stage="second", seq_lens=(2**20,))])
+    assert here == ["memfit.memory.outlook:outlook"] * 2
+
+
+def test_a_precision_that_the_card_at_hand_has_not_is_left_out(request_plan, here, monkeypatch):
+    monkeypatch.setattr(outlook, "find_device", lambda *_: replace(find_device("cpu"), precisions=("fp32", "fp16")))
+    plan = plan_stage(request_plan("sequences", precisions=("bf16", "fp32")))
+    assert plan.precision == "fp32"
+    assert [probe.precision for probe in plan.probes if probe.outcome == "unsupported"] == ["bf16"]
+    with pytest.raises(ConfigError, match=r"precisions: expected one that cpu has, got \['bf16'\]"):
+        plan_stage(request_plan("sequences", precisions=("bf16",)))
 
 
 def test_evaluation_is_part_of_what_must_fit(request_plan):
@@ -182,7 +211,7 @@ def test_a_card_that_is_not_here_is_planned_for_and_nothing_is_run(request_plan,
     seen = []
     plan = plan_stage(request_plan("sequences", device="t4", budget_bytes=2 * GIB), seen.append)
     check_forecast(plan, "t4")
-    assert here == ["memfit.memory.probe:forecast"]
+    assert here == ["memfit.memory.outlook:forecast"]
     assert [asdict(probe) for probe in seen] == [asdict(probe) for probe in plan.probes]
     assert plan.checkpointing == "none"
     assert plan.samples_per_second == pytest.approx(GLOBAL / plan.step_seconds)
@@ -222,7 +251,7 @@ def test_the_machine_at_hand_is_estimated_only_if_asked_for(request_plan, here):
     """Its rates are not known: what recomputes and accumulates least is taken."""
     plan = plan_stage(request_plan("sequences", budget_bytes=4 * GIB, estimate_only=True))
     check_forecast(plan, "cpu")
-    assert here == ["memfit.memory.probe:forecast"]
+    assert here == ["memfit.memory.outlook:forecast"]
     assert (plan.micro_batch_size, plan.checkpointing) == (GLOBAL, "none")
     assert plan.samples_per_second is None
     assert plan.step_seconds is None
@@ -255,10 +284,10 @@ def test_a_change_that_would_fit_is_named_with_what_is_missing(request_plan, her
     said = str(raised.value)
     assert "micro_batch_size 1, fp32, checkpointing none" in said
     missing = (needs.upper_bytes - 0.98 * needs.upper_bytes * (1 - HEADROOM)) / MIB
-    assert f"needs {needs.upper_bytes / MIB:.0f} MiB (in phase {phase!r}), {missing:.0f} MiB too much" in said
+    assert f"by estimate needs {needs.upper_bytes / MIB:.0f} MiB (in phase {phase!r}), {missing:.0f} MiB too" in said
     assert f"By estimate {change} would fit" in said
     assert "or raise the budget to" in said
-    assert here == ["memfit.memory.probe:forecast", "memfit.memory.probe:relief"]
+    assert here == ["memfit.memory.outlook:forecast"]
 
 
 def test_a_loss_that_is_a_sum_is_found_before_anything_is_measured(request_plan, here):

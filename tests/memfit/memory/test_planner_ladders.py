@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.errors import DoesNotFitError
-from memfit.memory import planner
-from memfit.memory.plan import Candidate, Plan, Probe
-from memfit.memory.planner import Climb, PlanRequest, plan_stage
-from memfit.memory.probe import HEADROOM
+from memfit.memory import answers, planner
+from memfit.memory.plan import HEADROOM, Candidate, Plan, Probe
+from memfit.memory.planner import Climb, plan_stage
+from memfit.memory.request import PlanRequest
 from memfit.memory.search import TIE, candidates, sweep
 from memfit.process import Outcome
 
@@ -32,20 +32,22 @@ class Machine:
         base_mib: int = 200,
         fixed_seconds: float = 0.01,
         relief: tuple = (),
+        usable: tuple = (),
     ) -> None:
         self.mib_per_sample, self.base_mib, self.fixed_seconds = mib_per_sample, base_mib, fixed_seconds
-        self.hangs, self.relief = hangs, relief
+        self.hangs, self.relief, self.usable = hangs, relief, usable
         self.climbed, self.confirmed, self.relieved = [], [], []
         monkeypatch.setattr(planner, "_run", self.run)
-        monkeypatch.setattr(planner, "run_child", self.run_child)
+        monkeypatch.setattr(answers, "run_child", self.run_child)
 
     def run_child(self, target, payload, **_):
         """The only child that is left: the one that looks for relief; without estimates it fails."""
-        assert target == "memfit.memory.probe:relief"
-        self.relieved.append(Candidate(**payload["candidate"]))
+        assert target == "memfit.memory.outlook:relief_in_child"
+        self.relieved.append(Probe(**payload["probe"]).candidate)
         return Outcome("ok", value=list(self.relief)) if self.relief else Outcome("failed")
 
-    def run(self, request, ladder, verifying, on_probe):
+    def run(self, search, ladder, verifying, _smallest=()):
+        request = search.request
         limit = int(request.budget_bytes * (1 - HEADROOM))
         if verifying:
             self.confirmed.append(ladder[0])
@@ -54,11 +56,13 @@ class Machine:
         probes = list(
             sweep(ladder, lambda candidate: self.probe(candidate, limit, request.global_batch_size), limit, self.peak)
         )
-        return Climb([replace(probe, verifying=verifying) for probe in probes], [self.peak(c) for c in ladder])
+        probes = [replace(probe, verifying=verifying) for probe in probes]
+        return Climb(probes, [self.peak(c) for c in ladder], list(self.usable))
 
     def peak(self, candidate: Candidate) -> int:
         share = 0.25 if candidate.checkpointing == "blocks" else 1.0
         share *= (candidate.seq_len or 1024) / 1024
+        share *= 0.6 if candidate.chunked_loss else 1.0
         return int((self.base_mib + self.mib_per_sample * share * candidate.micro_batch_size) * MIB)
 
     def probe(self, candidate: Candidate, limit: int, size: int) -> Probe:
@@ -109,6 +113,21 @@ def test_recomputation_is_tried_only_where_memory_ended_the_climb(monkeypatch):
         "checkpointing",
         *(["accumulation_steps"] if plan.accumulation_steps > 1 else []),
     }
+
+
+def test_levers_that_cost_less_are_tried_before_recomputation_and_only_where_they_change_anything(monkeypatch):
+    machine = Machine(20, monkeypatch, usable=("chunked_loss",))
+    plan = plan_stage(request(64))
+    assert (plan.micro_batch_size, plan.chunked_loss, plan.checkpointing) == (64, True, "none")
+    assert {"name": "chunked_loss", "class": "exact", "value": True} in plan.levers
+    assert machine.climbed == [("fp32", "none", 64)] * 2
+
+    tighter = Machine(200, monkeypatch, usable=("chunked_loss", "foreach"))
+    plan = plan_stage(request(64))
+    assert {(p.checkpointing, p.chunked_loss, p.foreach) for p in plan.probes} >= {
+        ("none", False, True), ("none", True, True), ("none", True, False), ("blocks", True, False),
+    }  # fmt: skip
+    assert tighter.climbed == [("fp32", "none", 64)] * 3 + [("fp32", "blocks", 64)]
 
 
 def test_a_timeout_is_not_cured_by_recomputation(monkeypatch):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from memfit.errors import ConfigError
-from memfit.memory import forecast
+from memfit.memory import forecast, outlook
 from memfit.memory import probe as room
-from memfit.memory.plan import Candidate
-from memfit.memory.probe import Prober, evaluation_batch_size, load_program, relief, run
+from memfit.memory.outlook import load_program
+from memfit.memory.plan import Candidate, Probe, evaluation_batch_size
+from memfit.memory.probe import Prober, run
 from memfit.memory.simulate import CannotSimulateError
 from memfit.step import TrainingProgram, materialize_state
 
@@ -206,6 +207,7 @@ def run_here(monkeypatch):
 
     def call(function, chosen: TrainingProgram, *, budget_bytes: int = 100 * GIB, **further):
         monkeypatch.setattr(room, "load_program", lambda description: chosen)
+        monkeypatch.setattr(outlook, "load_program", lambda description: chosen)
         payload = {"program": {}, "budget_bytes": budget_bytes, "global_batch_size": 8, "device": "cpu", "clip": 1.0}
         events = []
         payload |= {"user_devices": [], "candidates": [asdict(c) for c in LADDER], "verifying": False, "check": False}
@@ -245,6 +247,24 @@ def test_what_cannot_be_simulated_is_measured(run_here, monkeypatch):
     assert [(probe["outcome"], probe["predicted_bytes"]) for probe in found] == [("fits", None)] * 3
 
 
+def test_layouts_that_are_about_as_fast_are_timed_again_in_turns(run_here, monkeypatch):
+    monkeypatch.setattr(room, "contenders", lambda probes: probes[:2])
+    monkeypatch.setattr(room, "_AGAIN_SECONDS", 0.2)
+    calls = []
+    _, events = run_here(run, program(calls))
+    first = {event["probe"]["micro_batch_size"]: event["probe"] for event in events if event["event"] == "probe"}
+    again = {event["probe"]["micro_batch_size"]: event["probe"] for event in events if event["event"] == "timed"}
+    assert set(again) == {2, 4}
+    for size, probe in again.items():
+        assert probe["step_seconds"] <= first[size]["step_seconds"] * (1 + 1e-9)
+        assert probe["samples_per_second"] == pytest.approx(8 / probe["step_seconds"])
+        assert probe["peak_bytes"] == first[size]["peak_bytes"]
+    sizes = [size for what, size, *_ in calls if what == "loss"]
+    since = len(sizes) - sizes[::-1].index(8)
+    turns = [size for size, before in zip(sizes[since:], [0, *sizes[since:]]) if size != before]
+    assert turns[:3] == [2, 4, 2]
+
+
 def test_a_loss_is_checked_only_if_asked_for(run_here):
     def total(model, batch):
         return model(batch).sum()
@@ -276,7 +296,8 @@ def test_relief_estimates_one_change_at_a_time_the_mildest_first(run_here):
         blocks=(Block,),
     )
     smallest = Candidate(1, 8, "fp32", "none", "full", 4096)
-    found, _ = run_here(relief, sequences, candidate=asdict(smallest), device="t4")
+    failed = asdict(Probe(**asdict(smallest), outcome="oom"))
+    found, _ = run_here(outlook.relief_in_child, sequences, probe=failed, device="t4")
     assert [each["change"] for each in found] == [
         "", "plan.checkpointing 'blocks'", "plan.precisions 'fp16'", "seq_len 2048", "the variant 'light'",
     ]  # fmt: skip
@@ -284,7 +305,7 @@ def test_relief_estimates_one_change_at_a_time_the_mildest_first(run_here):
     assert all(change < asis for change in changes)
     assert {each["phase"] for each in found} == {"train_step"}
 
-    recomputed = asdict(replace(smallest, checkpointing="blocks"))
-    checkpointed, _ = run_here(relief, sequences, candidate=recomputed, device="t4")
+    recomputed = {**failed, "checkpointing": "blocks"}
+    checkpointed, _ = run_here(outlook.relief_in_child, sequences, probe=recomputed, device="t4")
     assert checkpointed[0]["upper_bytes"] == changes[0]
     assert "plan.checkpointing 'blocks'" not in [each["change"] for each in checkpointed]

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 from memfit.memory.plan import Candidate, Probe
 from memfit.memory.search import (
     FORECAST_SLACK,
+    PATIENCE_SECONDS,
     RECOMPUTING_COSTS,
     TIE,
     candidates,
     confirm,
+    contenders,
     grid,
     memory_bound,
+    mildest,
     ranking,
     rungs_of,
+    savings,
     sweep,
     worth_recomputing,
 )
@@ -106,7 +110,7 @@ def test_ladders_rise_to_the_whole_batch_at_a_fixed_global_batch(size, minimum):
     assert all(c.accumulation_steps == 1 or math.ceil(size / (c.accumulation_steps - 1)) > c.micro_batch_size
                for c in ladder)  # fmt: skip
     assert all(size // c.accumulation_steps >= min(minimum, size) for c in ladder)
-    assert {c.ladder for c in ladder} == {("fp32", "none", None, 128)}
+    assert {c.ladder for c in ladder} == {("fp32", "none", None, 128, False, True)}
 
 
 @given(size=sizes)
@@ -231,12 +235,44 @@ def test_a_first_rung_that_nobody_believes_in_is_run():
 
 def test_a_sweep_stops_when_two_rungs_in_a_row_are_no_faster():
     cost = Cost(base=0, slope=0.0, cap=100, noise=(1.0,))
-    slow = {1: 10, 2: 20, 4: 40, 8: 39, 16: 38, 32: 100, 64: 200}
 
-    def measure(candidate):
-        return replace(cost.probe(candidate), samples_per_second=float(slow[candidate.micro_batch_size]))
+    def climbed(rates, seconds=0.01):
+        def measure(candidate):
+            rate = float(rates[candidate.micro_batch_size.bit_length() - 1])
+            return replace(cost.probe(candidate), samples_per_second=rate, micro_seconds=seconds)
 
-    assert micro_sizes(sweep(ladder_of(64), measure, BUDGET)) == [1, 2, 4, 8, 16]
+        return micro_sizes(sweep(ladder_of(64), measure, BUDGET))
+
+    assert climbed([10, 20, 40, 33, 32, 100, 200]) == [1, 2, 4, 8, 16]
+    assert climbed([10, 20, 40, 39, 38, 100, 200]) == [1, 2, 4, 8, 16, 32, 64]  # it may be noise
+    assert climbed([10, 20, 40, 39, 38, 100, 200], seconds=PATIENCE_SECONDS) == [1, 2, 4, 8, 16]
+
+
+def test_contenders_are_the_fastest_that_noise_may_have_put_in_order():
+    def probe(micro, rate, outcome="fits"):
+        return Probe(micro, 1, "fp32", "none", None, outcome, 100, samples_per_second=rate)
+
+    close = [probe(1, 86.0), probe(2, 100.0), probe(3, 90.0), probe(4, 84.0), probe(5, 99.0, "over_budget")]
+    assert micro_sizes(contenders(close)) == [2, 3, 1]
+    assert contenders([probe(1, 84.0), probe(2, 100.0)]) == []
+    assert contenders([]) == []
+
+
+def test_levers_come_in_the_order_of_their_cost_each_with_those_before_it():
+    def found(*usable):
+        return [(s["checkpointing"], s["chunked_loss"], s["foreach"]) for s in savings(("none", "blocks"), usable)]
+
+    assert found() == [("none", False, True), ("blocks", False, True)]
+    assert found("foreach", "chunked_loss") == [
+        ("none", False, True), ("none", True, True), ("none", True, False), ("blocks", True, False),
+    ]  # fmt: skip
+
+
+def test_the_mildest_failure_is_of_the_smallest_micro_batch_and_of_those_the_smallest_peak():
+    failed = [Probe(n, 1, "fp32", "none", None, "oom", peak) for n, peak in ((2, 10), (1, 30), (1, 20))]
+    fits = Probe(1, 1, "fp32", "none", None, "fits", 5)
+    assert mildest([fits, *failed]) == failed[2]
+    assert mildest([fits]) is None
 
 
 @given(cost=costs, size=sizes, error=st.floats(0.8, 1.3))

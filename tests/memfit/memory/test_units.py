@@ -19,6 +19,8 @@ MIB, GIB = 2**20, 2**30
         ("14GiB", 14 * GIB),
         ("512 MiB", 512 * MIB),
         (" 1.5GiB ", 1536 * MIB),
+        (" 14 GiB ", 14 * GIB),
+        ("5KB", 5000),
         ("2GB", 2_000_000_000),
         ("1KiB", 1024),
         ("3TB", 3 * 10**12),
@@ -43,6 +45,8 @@ AMBIGUOUS = [
     "1,5GiB",
     "1_000MiB",
     "1e3MiB",
+    "1e9",
+    "0",
     ".5GiB",
     "5.GiB",
 ]
@@ -90,7 +94,23 @@ def test_reads_shares(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["0%", "0.0%", "100.1%", "-5%", "%", "five%", "nan%", "inf%", "1e1%", "80", "80%%", "\u0668%"]
+    "text",
+    [
+        "0%",
+        "0.0%",
+        "100.1%",
+        "-5%",
+        "%",
+        "five%",
+        "nan%",
+        "inf%",
+        "1e1%",
+        "9" * 500 + "%",
+        "101%",
+        "80",
+        "80%%",
+        "\u0668%",
+    ],
 )
 def test_refuses_shares_that_mean_nothing(text):
     with pytest.raises(ConfigError, match="share above 0 % and up to 100 %"):
