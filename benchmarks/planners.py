@@ -52,7 +52,7 @@ class Room:
     @staticmethod
     def taken() -> int:
         status = process_status()
-        return status["VmData"] + status["RssFile"]
+        return status["VmRSS"]
 
     def enforce(self, case: Case) -> None:
         enforce_budget(case.budget_bytes + self.taken() - self.before, "cpu")

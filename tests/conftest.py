@@ -11,9 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-from memfit.data.prepare import prepare_series
-from memfit.data.spec import SeriesSpec
-
 TINY_FEATURES = {
     "lags": [1, 2, 3],
     "difference_lags": [1],
@@ -135,6 +132,9 @@ def tiny_config(tmp_path, tiny_config_text):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tiny_csv):
     """The tiny series, prepared: about 156 train, 34 validation and 34 test targets."""
+    from memfit.data.prepare import prepare_series  # not above: a machine with torch alone runs the GPU tests
+    from memfit.data.spec import SeriesSpec
+
     spec = SeriesSpec.from_dict(
         {
             "source": {"kind": "files", "paths": [str(tiny_csv)]},

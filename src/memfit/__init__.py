@@ -1,13 +1,14 @@
 """Training for PyTorch that fits the memory you have.
 
-`plan`, `estimate`, `TrainingProgram` and `TrainingStep` are here for one's own loops; torch is imported when one of
-them is asked for.
+`plan`, `estimate`, `TrainingProgram`, `TrainingStep` and `linear_cross_entropy` are here for one's own loops; torch is
+imported when one of them is asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memfit.chunked_loss import linear_cross_entropy
     from memfit.memory.devices import Device
     from memfit.memory.estimate import Estimate, estimate
     from memfit.memory.in_memory import plan
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from memfit.step import TrainingProgram, TrainingStep
 
 __version__ = "0.1.0"
-__all__ = ["Device", "Estimate", "Plan", "TrainingProgram", "TrainingStep", "__version__", "estimate", "plan"]
+__all__ = [
+    "Device", "Estimate", "Plan", "TrainingProgram", "TrainingStep", "__version__", "estimate", "linear_cross_entropy",
+    "plan",
+]  # fmt: skip
 
 _ROOMS = {
     "Device": "memfit.memory.devices",
@@ -24,6 +28,7 @@ _ROOMS = {
     "TrainingProgram": "memfit.step",
     "TrainingStep": "memfit.step",
     "estimate": "memfit.memory.estimate",
+    "linear_cross_entropy": "memfit.chunked_loss",
     "plan": "memfit.memory.in_memory",
 }
 

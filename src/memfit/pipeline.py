@@ -30,12 +30,13 @@ from memfit.run_directory import RunDirectory, environment, new_run_id, unfinish
 from memfit.workloads.registry import WORKLOADS
 
 PACKAGE = Path(memfit.__file__).parent
+_STEP = ("step.py", "chunked_loss.py", "memory/budget.py", "memory/host.py")
 CODE = {
     "data": ("data",),
-    "plan": ("step.py", "process.py", "memory", "models", "workloads", "training"),
-    "train": ("step.py", "memory/budget.py", "models", "metrics", "workloads", "training"),
-    "evaluate": ("step.py", "models", "metrics", "workloads", "evaluation", "training/evaluate.py"),
-    "export": ("models", "workloads", "export", "data/features.py"),
+    "plan": ("step.py", "chunked_loss.py", "process.py", "memory", "models", "workloads", "training"),
+    "train": (*_STEP, "models", "metrics", "workloads", "training"),
+    "evaluate": (*_STEP, "models", "metrics", "workloads", "evaluation", "training/evaluate.py"),
+    "export": (*_STEP, "models", "workloads", "export", "data/features.py"),
 }
 """Which source files a step's result depends on; a change in one of them runs the step again."""
 LIBRARIES = ("torch", "numpy", "pandas", "onnx", "onnxruntime")

@@ -59,7 +59,9 @@ class Outcome:
             raise kind(self.message)
         if self.status == "oom":
             phase = f" in phase {self.phase!r}" if self.phase else ""
-            raise errors.ChildOutOfMemoryError(f"{what}: ran out of its memory budget{phase}: {self.message}")
+            raise errors.ChildOutOfMemoryError(
+                f"{what}: ran out of its memory budget{phase}: {self.message}. Raise the budget, or ask for less."
+            )
         raise errors.ChildError(f"{what}: {self.status}: {self.message}. Its log: {self.log}")
 
 
@@ -196,12 +198,15 @@ def _outcome(returncode: int, report: _Report, timed_out: bool, deadline_seconds
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that memory ran out, on a device or on the host.
 
-    On a CPU torch raises a plain RuntimeError; oneDNN and the C++ runtime have words of their own for it.
+    On a CPU torch raises a plain RuntimeError; oneDNN and the C++ runtime have words of their own for it. An import
+    that runs out may end as a SystemError.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == 12
+    if isinstance(error, SystemError):
+        return "without setting an exception" in str(error) or "without exception set" in str(error)
     words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory",
              "could not create a primitive", "could not execute a primitive", "Cannot allocate memory",
              "CUBLAS_STATUS_ALLOC_FAILED", "can't start new thread")  # fmt: skip

@@ -1,15 +1,17 @@
 """What is trained, and the one optimizer step: the same function is probed and trained with."""
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
 from memfit.chunked_loss import chunking
@@ -101,7 +103,13 @@ class TrainingProgram:
 
     def build(self, variant: str | None = None) -> nn.Module:
         """Build a variant, the default one if None."""
-        return self.variants[variant or next(iter(self.variants))]()
+        model = self.variants[variant or next(iter(self.variants))]()
+        if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+            raise ConfigError(
+                "build_model: expected a model whose parameters have shapes, got lazy modules that have seen no batch. "
+                "Call the model on a small batch before returning it."
+            )
+        return model
 
     def batch(self, size: int, seq_len: int | None = None) -> Batch:
         """Make a worst-case batch on the host. Raises: ConfigError where it has another size than asked for."""
@@ -179,11 +187,22 @@ def _recompute(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that runs the model inside its step, as line searches do. Raises: ConfigError."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer: expected one whose step needs no closure, got {type(optimizer).__name__}, which runs the "
+            "model again inside its step. Take a first-order optimizer, as of torch.optim."
+        )
+
+
 def materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer its state before the first forward pass, as a resumed run has it.
 
     Parameters move (weight decay), so this is for a model that is thrown away.
     """
+    check_optimizer(optimizer)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -195,6 +214,13 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
     """Enter the plan's precision: nothing for fp32, autocast for bf16 and fp16."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+@contextmanager
+def evaluating(layout: Layout) -> Iterator[None]:
+    """Enter what an evaluation batch runs under: no gradients, and the plan's precision and chunks."""
+    with torch.no_grad(), chunking(layout.chunked_loss), autocast(layout.precision, layout.device):
+        yield
 
 
 def loss_terms(program: TrainingProgram, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -257,6 +283,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device_type, enabled=self.layout.precision == "fp16")
         if self.layout.checkpointing == "blocks":
             checkpoint_blocks(self.model, self.program.blocks)
+        check_optimizer(self.optimizer)
         if not self.layout.foreach:
             for group in self.optimizer.param_groups:
                 group.update({"foreach": False} if "foreach" in group else {})
@@ -298,11 +325,19 @@ class TrainingStep:
     def update(self) -> tuple[Tensor, bool]:
         """Unscale, clip, step and zero; return the gradient norm before clipping and whether it stepped."""
         self.scaler.unscale_(self.optimizer)
-        limit = float("inf") if self.clip is None else self.clip
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), limit)
+        norm = self._clip()
         stepped = self._step_with_scaler() if self.scaler.is_enabled() else self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, stepped
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to the largest norm that is allowed; return the norm that they had."""
+        gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+        norm = torch.nn.utils.get_total_norm(values)
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), self.clip, norm)
+        return norm
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

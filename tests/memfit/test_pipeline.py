@@ -234,6 +234,14 @@ def test_a_run_directory_is_its_own_config(finished_run):
     assert read_config(finished_run.config, [])[1] is None
 
 
+def test_what_cannot_fit_by_far_is_refused_before_data_is_prepared(reopen, tmp_path):
+    pipeline = reopen("plan.budget=150MiB", runs=tmp_path / "runs", store=tmp_path / "store")
+    with pytest.raises(DoesNotFitError, match=r"by estimate needs \d+ MiB .* too much.*raise the budget to"):
+        pipeline.perform("prepare")
+    assert not list((tmp_path / "store").rglob("*.npy"))
+    assert pipeline.run.step("plan") is None
+
+
 def test_steps_are_named_in_order(reopen, tmp_path):
     run = reopen(run_dir=tmp_path / "run")
     assert run.steps == STEPS

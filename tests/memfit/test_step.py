@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memfit.errors import ConfigError
 from memfit.step import (
     StepLayout,
     TrainingProgram,
     TrainingStep,
+    materialize_state,
     micro_batch_sizes,
     num_samples,
     split_samples,
@@ -292,3 +294,35 @@ def test_builds_the_first_variant_unless_told_otherwise():
     chosen = program(variants={"big": lambda: nn.Linear(9, 9), "small": lambda: nn.Linear(2, 2)})
     assert chosen.build().in_features == 9
     assert chosen.build("small").in_features == 2
+
+
+def test_sparse_gradients_are_normed_and_trained():
+    embedding = nn.Embedding(50, 4, sparse=True)
+    chosen = TrainingProgram(
+        build_model=lambda: embedding,
+        make_batch=lambda n, _seq_len: torch.arange(n) % 50,
+        loss=lambda model, batch: model(batch).pow(2).mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    dense = nn.Embedding(50, 4)
+    dense.load_state_dict(embedding.state_dict())
+    batch, stats = chosen.make_batch(20, None), []
+    for model in (embedding, dense):
+        step = TrainingStep(StepLayout(4), chosen, model, chosen.optimizer(model), clip=1e-3)
+        stats.append(step(batch))
+    assert stats[0].gradient_norm == pytest.approx(stats[1].gradient_norm, rel=1e-6)
+    torch.testing.assert_close(embedding.weight, dense.weight)
+
+
+def test_an_optimizer_that_runs_the_model_itself_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="no closure, got LBFGS"):
+        TrainingStep(StepLayout(), program(), model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ConfigError, match="no closure, got LBFGS"):
+        materialize_state(model, torch.optim.LBFGS(model.parameters()))
+
+
+def test_lazy_modules_that_have_seen_no_batch_are_refused():
+    chosen = TrainingProgram(build_model=lambda: nn.LazyLinear(2), make_batch=torch.ones, optimizer=list)
+    with pytest.raises(ConfigError, match="lazy modules that have seen no batch"):
+        chosen.build()

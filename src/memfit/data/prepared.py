@@ -11,7 +11,7 @@ from memfit.data.splits import SPLITS, classify, exceeds
 from memfit.errors import DataError
 from memfit.files import read_json
 
-RESIDENT_BYTES = 32 << 20
+RESIDENT_BYTES = 4 << 20
 """Larger arrays give their mapped pages back after every batch: a budget counts them, though a file backs them."""
 
 
@@ -59,8 +59,8 @@ class PreparedSeries:
         windows = np.lib.stride_tricks.sliding_window_view(self.values, self.context)
         target = np.array(self.values[rows])
         batch = {
-            "history": np.array(windows[rows - self.context]),
-            "features": np.array(self.features[rows - 1]),
+            "history": np.asarray(windows[rows - self.context]),
+            "features": np.asarray(self.features[rows - 1]),
             "target": target,
             "target_class": self.classes(target),
             "exceeds": exceeds(target, self.manifest["threshold"]).astype(np.float32),

@@ -21,18 +21,23 @@ SPLIT = "test"
 def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Write evaluation.json and predictions.npz into `job["run_dir"]`; return the evaluation.
 
-    job: workload, data_dir, model, loss, plan, weights (a checkpoint's folder), run_dir.
+    job: workload, data_dir, model, loss, plan, weights (a checkpoint's folder), run_dir. Raises: DoesNotFitError or
+    ChildOutOfMemoryError where the plan's budget is too small for it.
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
-    budget.enforce_budget(plan.budget_bytes, plan.device)
-    emit({"event": "phase", "phase": "evaluate"})
+    cure = f"Raise plan.budget; the trained weights in {job['weights']} are intact."
+    phases = budget.Phases("evaluate", emit)
+    with budget.within_budget(plan.budget_bytes, plan.device, phases, cure):
+        phases("evaluate")
+        return _evaluate(job, plan, workload)
+
+
+def _evaluate(job: dict[str, Any], plan: Plan, workload: Workload) -> dict[str, Any]:
     model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
     model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)
     model = model.to(plan.device).eval()
-    losses, predictions = evaluate_split(
-        workload, model, SPLIT, batch_size=plan.eval_batch_size, precision=plan.precision, device=plan.device
-    )
+    losses, predictions = evaluate_split(workload, model, SPLIT, batch_size=plan.eval_batch_size, layout=plan)
     truth = workload.truth(SPLIT, np.arange(workload.num_samples(SPLIT)))
     evaluation = {
         "schema": 1,

@@ -48,12 +48,13 @@ def export_graph(
     strip(model)
     check_signature(model, inputs, outputs)
     check_self_contained(model, opset)
+    ir_version, num_bytes = model.ir_version, path.write_bytes(model.SerializeToString())
+    del model  # the checker reads the file: a copy less of the weights
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the graph: {error}") from error
-    num_bytes = path.write_bytes(model.SerializeToString())
-    return Graph(opset=opset, ir_version=model.ir_version, num_bytes=num_bytes)
+    return Graph(opset=opset, ir_version=ir_version, num_bytes=num_bytes)
 
 
 def refuse_oversize(module: nn.Module) -> None:

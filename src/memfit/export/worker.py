@@ -3,27 +3,47 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memfit.export.bundle import export_bundle
 from memfit.export.signature import Signature
 from memfit.memory import budget
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.training.checkpoint import load_checkpoint
+from memfit.workloads.base import Workload
 from memfit.workloads.registry import load_workload
 
 
 def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Export the trained model into `job["export_dir"]`; return its card.
 
-    job: workload, data_dir, model, loss, plan, weights, export_dir, opset, samples, atol, rtol, card.
+    job: workload, data_dir, model, loss, plan, weights, export_dir, opset, samples, atol, rtol, card. It runs on the
+    CPU under the plan's budget; that of a GPU says nothing there, and what is free on the host, less a margin, is the
+    cap. Raises: DoesNotFitError or ChildOutOfMemoryError where that is too little; ExportError.
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
-    emit({"event": "phase", "phase": "export"})
+    phases = budget.Phases("export", emit)
+    cap, cure = _cap(plan, job["weights"])
+    with budget.within_budget(cap, "cpu", phases, cure):
+        return _export(job, plan, workload, phases)
+
+
+def _cap(plan: Plan, weights: str) -> tuple[int, str]:
+    """Return the bytes that the export may take, and what to do where they are too few."""
+    intact = f"the trained weights in {weights} are intact."
+    if torch.device(plan.device).type == "cpu":
+        return plan.budget_bytes, f"Raise plan.budget, or export a smaller variant; {intact}"
+    free = budget.resolve_budget("auto", "cpu") + budget.now_bytes("cpu")
+    return free, f"End what else runs on this host, and run it again; {intact}"
+
+
+def _export(job: dict[str, Any], plan: Plan, workload: Workload, phases: budget.Phases) -> dict[str, Any]:
+    phases("export")
     model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
     model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)
     spec = workload.export(job["samples"])
-    budget.reset_peak("cpu")
     return export_bundle(
         Path(job["export_dir"]),
         workload.inference_module(model.eval()),
@@ -34,7 +54,7 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         support_files=spec.support_files,
         opset=job["opset"],
         tolerances=_tolerances(job),
-        on_progress=lambda phase: emit({"event": "phase", "phase": phase}),
+        on_progress=phases,
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memfit.errors import ConfigError
 from memfit.memory.plan import Candidate
-from memfit.step import TrainingProgram, loss_terms
+from memfit.step import Batch, TrainingProgram, loss_terms
 
 _SAME = 1e-3
 """Relative difference up to which two losses are the same number; single precision is far better."""
@@ -28,13 +28,12 @@ def check_loss(program: TrainingProgram, candidate: Candidate) -> None:
             _check_mean(program, model, batch, size // 2)
 
 
-def _is_scalar(program: TrainingProgram, model: torch.nn.Module, batch: object) -> bool:
+def _is_scalar(program: TrainingProgram, model: torch.nn.Module, batch: Batch) -> bool:
     assert program.loss is not None
-    with torch.no_grad():
-        return isinstance(program.loss(model, batch), Tensor)
+    return isinstance(program.loss(model, batch), Tensor)  # with gradients: a penalty on them may be part of it
 
 
-def _check_value(program: TrainingProgram, model: torch.nn.Module, batch: object) -> None:
+def _check_value(program: TrainingProgram, model: torch.nn.Module, batch: Batch) -> None:
     for name, value in loss_terms(program, model, batch).items():
         if not isinstance(value, Tensor) or value.dim():
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -50,12 +49,16 @@ def _check_value(program: TrainingProgram, model: torch.nn.Module, batch: object
             )
 
 
-def _check_mean(program: TrainingProgram, model: torch.nn.Module, batch: object, half: int) -> None:
+def _check_mean(program: TrainingProgram, model: torch.nn.Module, batch: Batch, half: int) -> None:
     """A mean over the samples is the mean of its halves; a sum is twice that; anything else does not decompose."""
-    assert program.loss is not None
-    with torch.no_grad():
-        whole = float(program.loss(model, batch))  # type: ignore[arg-type]
-        parts = [float(program.loss(model, part)) for part in program.split(batch, [half, half])]  # type: ignore[arg-type]
+
+    def value(part: Batch) -> float:
+        assert program.loss is not None
+        loss = program.loss(model, part)
+        assert isinstance(loss, Tensor)
+        return float(loss.detach())
+
+    whole, parts = value(batch), [value(part) for part in program.split(batch, [half, half])]
     mean = sum(parts) / 2
     if math.isclose(whole, mean, rel_tol=_SAME, abs_tol=1e-6):
         return

@@ -46,7 +46,7 @@ class _Script:
         self._path, self._args, self._device = job["script"], job["args"], job["device"]
         self._emit = emit
         self._limit: int | None = None
-        self._file_pages = 0
+        self._left_out = 0
         self._tracker = Tracker(lambda snapshot: emit("peak", snapshot), self._around)
 
     def enforce(self, text: str | None) -> None:
@@ -55,8 +55,7 @@ class _Script:
         if text is None:
             return
         self._limit = budget.resolve_budget(text, self._device)
-        self._file_pages = budget.process_status()["RssFile"]
-        budget.enforce_budget(self._limit, self._device)
+        self._left_out = budget.enforce_budget(self._limit, self._device)
         self._emit("limits", {"budget_bytes": self._limit})
 
     def _around(self, device: str) -> dict[str, Any]:
@@ -68,7 +67,7 @@ class _Script:
         limit = self._limit if kind == torch.device(self._device).type else None
         if kind == "cpu":
             status = budget.process_status()
-            process = status["VmRSS"] if limit is None else status["VmData"] + self._file_pages
+            process = status["VmRSS"] if limit is None else status["VmData"] + self._left_out
             capacity = limit or budget.device_memory("cpu").free_bytes + status["VmRSS"]
         else:
             process = budget.now_bytes(device)

@@ -6,8 +6,15 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from memfit.errors import DoesNotFitError
+
 NO_LIMIT = 2**62
 """What stands for the absence of a memory limit, in bytes."""
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),  # beyond it a process is slowed down to a crawl
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,25 +40,29 @@ def machine_memory() -> Memory:
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
-    """Find the tightest memory limit of this process's groups (v1 and v2), and what is used under it, in bytes."""
+    """Find the tightest memory limit of this process's groups, and what of it is taken, in bytes.
+
+    v1, v2 and both at once, from the own group up to the root. A group above with less left counts as well: what its
+    other groups hold is taken here too. Swap counts nowhere.
+    """
+    lines = own.read_text(encoding="utf-8").splitlines() if own.exists() else []
     folders = [root, root / "memory"]
-    for line in own.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         _, controllers, name = line.split(":", 2)
-        base = root if not controllers else root / "memory"
-        if not controllers or "memory" in controllers.split(","):
-            path = Path(name.lstrip("/"))
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        path = Path(name.lstrip("/"))
+        for base in (root / "memory",) if controllers else (root, root / "unified"):
             folders += [base / part for part in (path, *path.parents)]
-    found = [(NO_LIMIT, 0)]
+    limit, free = NO_LIMIT, NO_LIMIT
     for folder in dict.fromkeys(folders):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
+        for limit_name, used_name in _LIMITS:
             with contextlib.suppress(OSError, ValueError):  # absent, or the word "max": no limit here
-                limit = int((folder / limit_name).read_text(encoding="ascii"))
+                allowed = int((folder / limit_name).read_text(encoding="ascii"))
                 used = int((folder / used_name).read_text(encoding="ascii"))
-                found.append((limit, max(used - _reclaimable(folder), 0)))
-    return min(found)
+                limit = min(limit, allowed)
+                free = min(free, allowed - max(used - _reclaimable(folder), 0))
+    return limit, limit - max(min(free, limit), 0)
 
 
 def _reclaimable(folder: Path) -> int:
@@ -61,6 +72,22 @@ def _reclaimable(folder: Path) -> int:
         stat = dict(line.split(" ", 1) for line in lines)
         return int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
     return 0
+
+
+def check_host_memory(batch_bytes: int, *, what: str, prefetched: int = 0, pinned: int = 0) -> None:
+    """Refuse a global batch that the host's free memory does not hold; swap does not count.
+
+    batch_bytes: of one global batch on the host. prefetched: further batches that are made ahead. pinned: copies of
+    a batch in page-locked memory. Raises: DoesNotFitError.
+    """
+    needed, memory = batch_bytes * (1 + prefetched + pinned), host_memory()
+    if needed > memory.free_bytes:
+        copies = f", {prefetched} made ahead and {pinned} pinned copies" if prefetched or pinned else ""
+        raise DoesNotFitError(
+            f"{what}: expected the host's free memory to hold a global batch{copies}, {needed / 2**20:.0f} MiB in all; "
+            f"got {memory.free_bytes / 2**20:.0f} MiB free of {memory.total_bytes / 2**20:.0f} MiB. End what else runs "
+            "here, raise the container's limit, or lower the global batch size."
+        )
 
 
 def num_cores() -> int:

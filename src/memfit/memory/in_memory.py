@@ -48,10 +48,10 @@ def plan(
     for; DoesNotFitError with what would fit; ChildError where the program itself fails.
     """
     _check_arguments(program, global_batch_size, precisions, checkpointing, variants, num_devices)
-    cards = read_devices(user_devices)
-    find_device(device, cards)
     if is_here(device):
-        check_device(device)
+        check_device(device)  # and no more: a look at its properties would make a context in this process
+    else:
+        find_device(device, read_devices(user_devices))
     wanted = list(variants or program.variants)
     if variants is None:
         wanted = wanted[:1]

@@ -81,9 +81,10 @@ def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
     oracle.take_over(Probe(**probe) for probe in payload["known"])
     limit, size = int(payload["budget_bytes"] * (1 - HEADROOM)), payload["global_batch_size"]
     probes, smallest = [], []
-    for precision in payload["ladders"]:
-        for saving in savings(payload["checkpointings"], oracle.usable):
-            ladder = [replace(Candidate(**candidate), **saving) for candidate in precision]
+    precisions = oracle.device.precisions
+    for plain in payload["ladders"]:
+        for saving in savings(payload["checkpointings"], oracle.usable) if plain[0]["precision"] in precisions else ():
+            ladder = [replace(Candidate(**candidate), **saving) for candidate in plain]
             layouts = grid(ladder)
             found = [
                 _predicted(candidate, prediction, limit, size)
@@ -102,9 +103,9 @@ def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
         fits = exact.outcome == "predicted"
         emit({"event": "probe", "probe": asdict(replace(exact, verifying=fits))})
         if fits:
-            return {"timeline": oracle.timeline(probe.candidate)}
+            return {"timeline": oracle.timeline(probe.candidate), "relief": [], "precisions": precisions}
         failed.append(exact)
-    return {"timeline": {}, "relief": relief(oracle, failed)}
+    return {"timeline": {}, "relief": relief(oracle, failed), "precisions": precisions}
 
 
 def _predicted(candidate: Candidate, prediction: Prediction, limit: int, size: int) -> Probe:

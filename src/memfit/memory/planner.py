@@ -6,7 +6,7 @@ from typing import Any
 
 from memfit.errors import ChildError, ConfigError, DoesNotFitError
 from memfit.memory.answers import CHEAP_LEVERS, answer, does_not_fit
-from memfit.memory.devices import find_device, is_here, read_devices
+from memfit.memory.devices import is_here
 from memfit.memory.plan import HEADROOM, Candidate, Plan, Probe
 from memfit.memory.request import OnProbe, PlanRequest, Search
 from memfit.memory.search import candidates, confirm, memory_bound, savings, worth_recomputing
@@ -34,7 +34,7 @@ def plan_stage(request: PlanRequest, on_probe: OnProbe = lambda _probe: None) ->
 def _found_by_probes(search: Search, seq_len: int | None) -> Found | None:
     found = _climb(search, seq_len)
     if found and all(probe.outcome == "unsupported" for probe in found):
-        raise _no_precision(search.request)
+        raise ConfigError(f"precisions: {found[-1].message}. Allow another in plan.precisions.")
     timelines: list[Timeline] = []
 
     def measure(candidate: Candidate) -> Probe:
@@ -49,10 +49,9 @@ def _found_by_probes(search: Search, seq_len: int | None) -> Found | None:
     return None
 
 
-def _no_precision(request: PlanRequest, has: Sequence[str] = ()) -> ConfigError:
-    which = f", of {list(has)}" if has else ""
+def _no_precision(request: PlanRequest, has: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"precisions: expected one that {request.device} has{which}, got {list(request.precisions)}. "
+        f"precisions: expected one that {request.device} has, of {list(has)}, got {list(request.precisions)}. "
         "Allow another in plan.precisions."
     )
 
@@ -66,12 +65,10 @@ def _found_by_forecast(search: Search, seq_len: int | None) -> Found | None:
             tried.append(Probe(**event["probe"]))
             search.on_probe(tried[-1])
 
-    device = find_device(request.device, read_devices(request.user_devices))
-    precisions = [name for name in request.precisions if name in device.precisions]
-    if not precisions:
-        raise _no_precision(request, device.precisions)
     first = {"checkpointing": request.checkpointings[0]}
-    ladders = [[asdict(each) for each in _ladder(request, precision, seq_len, first)] for precision in precisions]
+    ladders = [
+        [asdict(each) for each in _ladder(request, precision, seq_len, first)] for precision in request.precisions
+    ]
     known = [asdict(probe) for probe in request.known if not probe.verifying]
     payload = {
         **request.payload(),
@@ -88,7 +85,9 @@ def _found_by_forecast(search: Search, seq_len: int | None) -> Found | None:
         grace_seconds=0.0,
     )
     answer = outcome.unwrap(f"the forecast of stage {request.stage!r}")
-    search.relief = answer.get("relief", [])
+    if not set(request.precisions) & set(answer["precisions"]):
+        raise _no_precision(request, answer["precisions"])
+    search.relief = answer["relief"]
     chosen = [probe for probe in tried if probe.verifying and probe.outcome == "predicted"]
     return (chosen[-1], answer["timeline"]) if chosen else None
 

@@ -25,7 +25,7 @@ from memfit.step import (
     StepLayout,
     TrainingProgram,
     TrainingStep,
-    autocast,
+    evaluating,
     map_tensors,
     materialize_state,
 )
@@ -46,7 +46,9 @@ def run(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
     limit = int(payload["budget_bytes"] * (1 - HEADROOM))
     forecast = forecaster(program, payload)
     if ladder[0].precision not in forecast.device.precisions:
-        emit({"event": "probe", "probe": asdict(Probe(**asdict(ladder[0]), outcome="unsupported"))})
+        has = f"expected one that {payload['device']} has, of {list(forecast.device.precisions)}"
+        message = f"{has}, got {ladder[0].precision!r}"
+        emit({"event": "probe", "probe": asdict(Probe(**asdict(ladder[0]), outcome="unsupported", message=message))})
         return {"timeline": {}}
     if payload["check"]:
         check_loss(program, ladder[0])
@@ -128,10 +130,10 @@ class Prober:
         while best and time.perf_counter() - started < _AGAIN_SECONDS:
             for place, probe in enumerate(best):
                 step, batch, micro_steps = self._step(probe.candidate, *self._build(probe.candidate))
-                known = probe.micro_seconds or 0.0, probe.update_seconds or 0.0
-                micro, update = min(known, self._time(step, batch, micro_steps))
-                faster = replace(probe, micro_seconds=micro, update_seconds=update)
-                best[place] = faster.at(probe.candidate, self.global_batch_size)
+                micro, update = self._time(step, batch, micro_steps)
+                timed = replace(probe, micro_seconds=micro, update_seconds=update)
+                timed = timed.at(probe.candidate, self.global_batch_size)
+                best[place] = max(probe, timed, key=lambda each: each.samples_per_second or 0.0)
         return best
 
     def _build(self, candidate: Candidate) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -162,7 +164,7 @@ class Prober:
         self._binding, message = (0, ""), ""
         try:
             micro_seconds, update_seconds = self._phases(candidate, model, optimizer, warm_up)
-        except (RuntimeError, MemoryError, OSError) as error:
+        except (RuntimeError, MemoryError, OSError, SystemError) as error:
             if not is_out_of_memory(error):
                 raise
             message = str(error)[:300]
@@ -186,10 +188,13 @@ class Prober:
     ) -> tuple[float, float]:
         """Run a step, an evaluation batch and a checkpoint write; return seconds per full global step."""
         step, batch, micro_steps = self._step(candidate, model, optimizer)
+        on_host = torch.device(self.device).type == "cpu"  # where training holds the whole global batch
+        rest = budget.rest_of_batch(batch, self.device_batch_size or self.global_batch_size) if on_host else None
         self._phase("train_step")
         if warm_up:
             step(batch)
         seconds = self._time(step, batch, micro_steps)
+        del rest
         if self.program.evaluate is not None:
             self._phase("evaluate")
             size = evaluation_batch_size(candidate, self.device_batch_size or self.global_batch_size)
@@ -200,19 +205,16 @@ class Prober:
                 self.program.save(model, optimizer, Path(folder))
         return seconds
 
+    def _layout(self, candidate: Candidate, accumulation_steps: int) -> StepLayout:
+        exact = (candidate.chunked_loss, candidate.foreach)
+        return StepLayout(accumulation_steps, candidate.precision, candidate.checkpointing, self.device, *exact)
+
     def _step(
         self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[TrainingStep, Batch, int]:
         """Lay out a step of as many micro-steps as matter, and make its batch."""
         micro_steps = min(2, candidate.accumulation_steps)  # two, so that gradients and activations coexist
-        layout = StepLayout(
-            micro_steps,
-            candidate.precision,
-            candidate.checkpointing,
-            self.device,
-            candidate.chunked_loss,
-            candidate.foreach,
-        )
+        layout = self._layout(candidate, micro_steps)
         step = TrainingStep(layout, self.program, model, optimizer, clip=self.clip)
         return step, self.program.batch(candidate.micro_batch_size * micro_steps, candidate.seq_len), micro_steps
 
@@ -231,6 +233,6 @@ class Prober:
         self, model: nn.Module, evaluate: Callable[[nn.Module, Batch], Any], batch: Batch, candidate: Candidate
     ) -> None:
         model.eval()
-        with torch.no_grad(), autocast(candidate.precision, self.device):
+        with evaluating(self._layout(candidate, 1)):
             evaluate(model, map_tensors(lambda tensor: tensor.to(self.device), batch))
         model.train()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from memfit.step import Batch, autocast, map_tensors
+from memfit.step import Batch, Layout, evaluating, map_tensors, num_samples
 from memfit.workloads.base import Arrays, Workload
 
 
@@ -17,7 +17,7 @@ def batches(workload: Workload, split: str, size: int) -> Iterator[Batch]:
 
 
 def evaluate_split(
-    workload: Workload, model: nn.Module, split: str, *, batch_size: int, precision: str, device: str
+    workload: Workload, model: nn.Module, split: str, *, batch_size: int, layout: Layout
 ) -> tuple[dict[str, float], Arrays]:
     """Return the mean loss per term (and their total), and the predictions of every sample, in order.
 
@@ -25,19 +25,25 @@ def evaluate_split(
     """
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    parts: list[dict[str, np.ndarray]] = []
+    found: Arrays = {}
+    done, size = 0, workload.num_samples(split)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for host in batches(workload, split, batch_size):
-            batch = map_tensors(lambda tensor: tensor.to(device), host)
-            with autocast(precision, device):
+            batch = map_tensors(lambda tensor: tensor.to(layout.device), host)
+            with evaluating(layout):
                 losses, predictions = workload.loss(model, batch), workload.predict(model, batch)
             for term, count in workload.count(host).items():
                 sums[term] = sums.get(term, 0.0) + float(losses[term])
                 counts[term] = counts.get(term, 0.0) + count
-            parts.append({name: tensor.float().cpu().numpy() for name, tensor in predictions.items()})
+            for name, tensor in predictions.items():
+                part = tensor.float().cpu().numpy()
+                if name not in found:
+                    found[name] = np.empty((size, *part.shape[1:]), part.dtype)
+                found[name][done : done + len(part)] = part
+            done += num_samples(host)
     model.train(was_training)
     means = {term: sums[term] / counts[term] if counts[term] else 0.0 for term in sums}
     means["total"] = sum(means.values())
-    return means, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return means, found

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class StageLoop:
     checkpoints: Path
     record: Mapping[str, Any]
     """What every checkpoint names: stage, fingerprint."""
+    phases: Callable[[str], None] = lambda _phase: None
+    """Told "train", "evaluate" and "save" as the loop comes to them."""
     _bad_steps: int = 0
 
     def run(self) -> str:
@@ -75,6 +77,7 @@ class StageLoop:
         order = sample_order(
             self.workload.num_samples("train"), seed=self.seed, stage=self.stage_index, epoch=self.progress.epoch
         )
+        self.phases("train")
         while self.progress.batch * size < len(order) and not self._at_max_steps():
             chosen = order[self.progress.batch * size : (self.progress.batch + 1) * size]
             self._train(chosen)
@@ -164,18 +167,19 @@ class StageLoop:
         return validation[self.stage["monitor"]]
 
     def _validate(self) -> dict[str, float | None]:
+        self.phases("evaluate")
         losses, predictions = evaluate_split(
             self.workload,
             self.step.model,
             "validation",
             batch_size=self.plan.eval_batch_size,
-            precision=self.plan.precision,
-            device=self.plan.device,
+            layout=self.plan,
         )
         truth = self.workload.truth("validation", np.arange(self.workload.num_samples("validation")))
         return {**losses, **self.workload.score(truth, predictions)}
 
     def _save(self, links: tuple[str, ...]) -> None:
+        self.phases("save")
         progress = self.progress
         progress.seconds = time.perf_counter() - self._started
         progress.events_bytes = self.events.sync()

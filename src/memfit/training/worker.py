@@ -10,6 +10,7 @@ from torch import nn
 
 from memfit.errors import CheckpointError
 from memfit.memory import budget
+from memfit.memory.host import check_host_memory
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.step import TrainingStep
@@ -19,6 +20,7 @@ from memfit.training.loop import StageLoop
 from memfit.training.optimizers import Schedule
 from memfit.training.program import stage_program
 from memfit.training.stage import Progress, restore, seed_everything
+from memfit.workloads.base import Workload
 from memfit.workloads.registry import load_workload
 
 
@@ -26,12 +28,33 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Train one stage under its plan; return its result.
 
     job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights.
-    A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused.
+    A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused. Raises:
+    DoesNotFitError before training where the host cannot hold a global batch; ChildOutOfMemoryError.
     """
     plan = Plan.from_dict(job["plan"])
-    workload, stage = load_workload(job), job["stage"]
-    budget.enforce_budget(plan.budget_bytes, plan.device)
-    emit({"event": "phase", "phase": "build"})
+    workload = load_workload(job)
+    phases = budget.Phases(f"train:{job['stage']['name']}", emit)
+    cure = (
+        "Raise plan.budget, or lower the stage's global_batch_size; what checkpoints there are in "
+        f"{job['stage_dir']} are intact."
+    )
+    with budget.within_budget(plan.budget_bytes, plan.device, phases, cure):
+        _check_host(workload, plan, phases.step)
+        result = _train(job, plan, workload, phases)
+    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
+
+
+def _check_host(workload: Workload, plan: Plan, what: str) -> None:
+    """Refuse a global batch that the host does not hold, before one is made. The loop makes one at a time, unpinned."""
+    num_train = workload.num_samples("train")
+    few = min(plan.micro_batch_size, num_train)
+    bytes_per_sample = budget.host_bytes(workload.batch("train", np.arange(few))) / few
+    check_host_memory(int(bytes_per_sample * min(plan.global_batch_size, num_train)), what=what)
+
+
+def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: budget.Phases) -> dict[str, Any]:
+    stage = job["stage"]
+    phases("build")
     seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))
     program = stage_program(workload, stage)
     model = program.build(plan.variant)
@@ -44,12 +67,12 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
     progress = _resume(checkpoints, job["fingerprint"], step, schedule)
     keep_bytes = progress.events_bytes if progress else 0
-    with closing(EventLog(Path(job["stage_dir"]) / "events.jsonl", emit, keep_bytes)) as events:
+    with closing(EventLog(Path(job["stage_dir"]) / "events.jsonl", phases.emit, keep_bytes)) as events:
         if progress is None:
             events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
         else:
             where = {"step": progress.step, "epoch": progress.epoch, "from": str(checkpoints)}
-            emit({"event": "resume", **where, "epochs": stage["epochs"], "steps_per_epoch": steps_per_epoch})
+            phases.emit({"event": "resume", **where, "epochs": stage["epochs"], "steps_per_epoch": steps_per_epoch})
         loop = StageLoop(
             workload,
             step,
@@ -62,12 +85,12 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             job["seed"],
             checkpoints,
             {"stage": stage["name"], "fingerprint": job["fingerprint"]},
+            phases,
         )
-        emit({"event": "phase", "phase": "train"})
         result = _result(loop.run(), stage, loop.progress)
         events.write("stage_end", **result)
         events.sync()
-    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
+    return result
 
 
 def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -98,7 +121,7 @@ def _resume(checkpoints: Path, fingerprint: str, step: TrainingStep, schedule: S
 
 
 def _start_facts(
-    job: dict[str, Any], plan: Plan, workload: Any, model: nn.Module, steps_per_epoch: int
+    job: dict[str, Any], plan: Plan, workload: Workload, model: nn.Module, steps_per_epoch: int
 ) -> dict[str, Any]:
     parameters = list(model.parameters())
     return {

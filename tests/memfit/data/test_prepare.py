@@ -7,7 +7,8 @@ import pytest
 
 from memfit.data import prepare as module
 from memfit.data.features import compute_features
-from memfit.data.prepare import prepare_series, prepared_fingerprint
+from memfit.data.prepare import outline_series, prepare_series, prepared_fingerprint
+from memfit.data.prepared import PreparedSeries
 from memfit.errors import DataError
 from memfit.files import sha256_file
 
@@ -17,6 +18,23 @@ GAPS = {"policy": "forward_fill", "limit": 3}
 @pytest.fixture
 def spec(make_frame, make_spec, write_csv):
     return make_spec(write_csv(make_frame(200)), extra_columns=["extra"], unit="x")
+
+
+def test_an_outline_has_the_shapes_of_the_real_thing_before_a_source_is_read(tmp_path, spec, make_spec):
+    prepared = PreparedSeries(prepare_series(spec, tmp_path / "store", code_version="1"))
+    absent = make_spec(tmp_path / "absent.csv", extra_columns=["extra"], unit="x")
+    outline_series(absent, tmp_path / "outline")
+    outline = PreparedSeries(tmp_path / "outline")
+    for key in ("context", "lookback", "num_classes", "threshold", "features"):
+        ours, real = outline.manifest[key], prepared.manifest[key]
+        assert (
+            {**ours, "constant_in_train": 0} == {**real, "constant_in_train": 0} if key == "features" else ours == real
+        )
+    batches = [each.batch(each.rows("train")[:2]) for each in (outline, prepared)]
+    assert {name: (array.shape, array.dtype) for name, array in batches[0].items()} == {
+        name: (array.shape, array.dtype) for name, array in batches[1].items()
+    }
+    assert all(outline.num_targets(split) >= 2 for split in ("train", "validation", "test"))
 
 
 def manifest_of(directory):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from memfit.errors import CheckpointError
+from memfit.errors import CheckpointError, ChildOutOfMemoryError, DoesNotFitError
 from memfit.evaluation import evaluate
 from memfit.memory import budget
 from memfit.memory.plan import Plan
+from memfit.process import run_child
 from memfit.training.checkpoint import save_checkpoint
 from memfit.workloads.series import SeriesWorkload
 
@@ -112,3 +113,42 @@ def test_damaged_weights_are_refused_and_nothing_is_written(job, tmp_path):
     with pytest.raises(CheckpointError, match="it is corrupt"):
         evaluate.run(job, lambda _event: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_are_of_the_planned_size(job, monkeypatch):
+    sizes = []
+    original = SeriesWorkload.predict
+
+    def predict(self, model, batch):
+        sizes.append(len(batch["target"]))
+        return original(self, model, batch)
+
+    monkeypatch.setattr(SeriesWorkload, "predict", predict)
+    num_rows = evaluate.run(job, lambda _event: None)["num_rows"]
+    assert max(sizes) == plan().eval_batch_size == 10
+    assert sum(sizes) == num_rows
+
+
+def test_the_plans_budget_is_enforced(job, monkeypatch):
+    enforced = []
+    monkeypatch.setattr(budget, "enforce_budget", lambda *given: enforced.append(given))
+    evaluate.run(job, lambda _event: None)
+    assert enforced == [(2**31, "cpu")]
+
+
+def test_running_out_names_the_phase_and_what_to_do(job, monkeypatch):
+    def refuse(self, model, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(SeriesWorkload, "predict", refuse)
+    with pytest.raises(
+        ChildOutOfMemoryError, match=r"ran out in phase 'evaluate'.*Raise plan\.budget; the trained weig"
+    ):
+        evaluate.run(job, lambda _event: None)
+
+
+def test_a_real_child_refuses_a_budget_that_is_too_small(job, tmp_path):
+    job["plan"]["budget_bytes"] = 128 * 2**20
+    outcome = run_child("memfit.evaluation.evaluate:run", job, log=tmp_path / "log")
+    with pytest.raises(DoesNotFitError, match=r"evaluate: expected a budget above the .* got 128 MiB"):
+        outcome.unwrap("step 'evaluate'")

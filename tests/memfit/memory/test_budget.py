@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memfit.errors import ConfigError
+from memfit.errors import ChildOutOfMemoryError, ConfigError, DoesNotFitError, ExportError
 from memfit.memory import budget
 from memfit.memory.budget import resolve_budget
 from memfit.memory.devices import Device
@@ -143,14 +143,106 @@ def target(importable):
     return importable(Path(__file__).with_name("budget_targets.py"))
 
 
-def test_an_enforced_budget_refuses_memory_and_leaves_the_process_usable(tmp_path, target):
-    asked = 1200 * MIB
-    outcome = run_child(f"{target}:fill", {"budget_bytes": asked}, log=tmp_path / "log")
-    result = outcome.unwrap("filling")
+def fill(tmp_path, target, budget_bytes: int, model: str = "dense", lazy_bytes: int = 0) -> dict:
+    payload = {"budget_bytes": budget_bytes, "model": model, "lazy_bytes": lazy_bytes}
+    return run_child(f"{target}:fill", payload, log=tmp_path / "log").unwrap("filling")
+
+
+@pytest.mark.parametrize(
+    ("mib", "model", "threads"),
+    [(560, "dense", 1), (560, "convolution", 2), (800, "attention", 8), (1200, "dense", 2)],
+)
+def test_an_enforced_budget_refuses_memory_and_leaves_the_process_usable(
+    tmp_path, monkeypatch, target, mib, model, threads
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", str(threads))
+    result = fill(tmp_path, target, mib * MIB, model)
     assert "can't allocate memory" in result["refused"]
     assert result["again"] == 16 * MIB
-    assert 0.8 * asked < result["peak_bytes"] <= asked
-    assert result["taken"] >= 8
+    assert 0.97 * mib * MIB < result["peak_bytes"] <= 1.005 * mib * MIB
+    assert result["taken"] >= (mib - 350) * MIB
+
+
+def test_memory_that_a_program_has_mapped_and_will_touch_counts(tmp_path, target):
+    result = fill(tmp_path, target, 800 * MIB, lazy_bytes=256 * MIB)
+    assert 0.97 * 800 * MIB < result["peak_bytes"] <= 1.005 * 800 * MIB
+    assert result["taken"] <= 350 * MIB
+
+
+def test_what_the_limit_leaves_out_and_what_it_counts_make_the_budget(monkeypatch):
+    limits = []
+    monkeypatch.setattr(budget.resource, "setrlimit", lambda _kind, limit: limits.append(limit[0]))
+    left_out = budget.enforce_budget(8 * GIB, "cpu")
+    assert limits == [8 * GIB - left_out]
+    budget.enforce_budget(MIB, "cpu")
+    assert limits[1] == 1
+
+
+@pytest.fixture
+def unlimited(monkeypatch):
+    monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
+
+
+def test_a_shortage_names_the_step_the_phase_and_the_cure(unlimited):
+    events = []
+    phases = budget.Phases("export", events.append)
+
+    def run_out() -> None:
+        with budget.within_budget(64 * GIB, "cpu", phases, "Do this."):
+            phases("graph")
+            raise MemoryError
+
+    with pytest.raises(
+        ChildOutOfMemoryError,
+        match=r"^export: .* 65536 MiB on cpu, ran out in phase 'graph': MemoryError\. Do this\.$",
+    ):
+        run_out()
+    assert events == [{"event": "phase", "phase": "graph"}]
+
+
+@pytest.mark.parametrize(
+    "cause", [MemoryError("x"), OSError(12, "x"), Exception("[ONNXRuntimeError] : 6 : std::bad_alloc")]
+)
+def test_a_shortage_is_found_behind_what_was_raised_from_it(unlimited, cause):
+    with (
+        pytest.raises(ChildOutOfMemoryError, match=type(cause).__name__),
+        budget.within_budget(64 * GIB, "cpu", budget.Phases("export", print), ""),
+    ):
+        raise ExportError("the trace froze a dimension") from cause
+
+
+def test_other_errors_pass_unchanged(unlimited):
+    with (
+        pytest.raises(ExportError, match="differs"),
+        budget.within_budget(64 * GIB, "cpu", budget.Phases("export", print), ""),
+    ):
+        raise ExportError("differs") from ValueError("bad")
+
+
+def test_a_budget_below_what_the_process_holds_is_refused_before_any_work(unlimited):
+    with (
+        pytest.raises(DoesNotFitError, match=r"export: expected a budget above the .* got 1 MiB\. Raise it\."),
+        budget.within_budget(MIB, "cpu", budget.Phases("export", print), "Raise it."),
+    ):
+        pytest.fail("begun")
+
+
+def test_a_batchs_bytes_on_the_host_are_those_of_its_own():
+    base, dataset = torch.zeros(10, 4), torch.zeros(1000, 4)
+    shared = {"x": base[:5], "y": [base[5:], base[:2]]}
+    assert budget.host_bytes(shared) == 160
+    elsewhere = {"view": dataset[:10], "meta": torch.empty(9, device="meta"), "word": "x"}
+    assert budget.host_bytes(elsewhere) == 0
+    assert budget.host_bytes([shared, elsewhere, torch.zeros(3, dtype=torch.int64)]) == 160 + 24
+
+
+def test_the_rest_of_a_global_batch_is_really_held():
+    batch = {"x": torch.zeros(6, 2**18), "y": torch.zeros(6, 4)}
+    rest = budget.rest_of_batch(batch, 64)
+    assert rest.nbytes + budget.host_bytes(batch) == 64 * (2**18 + 4) * 4
+    assert rest.sum() == rest.numel()  # written: its pages are resident
+    assert budget.rest_of_batch(batch, 6).nbytes == budget.rest_of_batch(batch, 2).nbytes == 0
 
 
 def test_the_peak_can_be_reset(tmp_path, target):

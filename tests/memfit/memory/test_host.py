@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from memfit.errors import DoesNotFitError
 from memfit.memory import host
 from memfit.memory.host import Memory
 
@@ -61,6 +62,63 @@ def test_a_container_sees_its_own_group_at_the_mount_root(tmp_path):
 def test_file_cache_does_not_count_as_used(tmp_path, key):
     files = {"memory.max": "5000\n", "memory.current": "4500\n", "memory.stat": f"anon 500\n{key} 3900\nshmem 0\n"}
     assert cgroups(tmp_path, "0::/\n", files) == (5000, 600)
+
+
+def test_a_group_above_may_have_less_left_than_the_tightest(tmp_path):
+    files = {
+        "pod/job/memory.max": "3000\n",
+        "pod/job/memory.current": "1200\n",
+        "pod/memory.max": "4000\n",
+        "pod/memory.current": "3900\n",  # another group of the pod holds 2700
+        "pod/memory.stat": "inactive_file 50\n",
+    }
+    limit, used = cgroups(tmp_path, "0::/pod/job\n", files)
+    assert (limit, limit - used) == (3000, 150)
+
+
+def test_a_full_group_has_nothing_left(tmp_path):
+    assert cgroups(tmp_path, "0::/\n", {"memory.max": "3000\n", "memory.current": "3100\n"}) == (3000, 3000)
+
+
+def test_a_group_that_slows_down_beyond_a_limit_has_no_more(tmp_path):
+    files = {"memory.max": "max\n", "memory.high": "2000\n", "memory.current": "500\n"}
+    assert cgroups(tmp_path, "0::/\n", files) == (2000, 500)
+
+
+HYBRID = "9:name=systemd:/job\n4:memory:/job\n0::/job\n"
+
+
+@pytest.mark.parametrize("tree", ["memory", "unified"])
+def test_where_both_versions_are_mounted_the_one_with_the_limit_counts(tmp_path, tree):
+    names = {"memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"), "unified": ("memory.max", "memory.current")}
+    limit, used = names[tree]
+    files = {f"{tree}/job/{limit}": "7000\n", f"{tree}/job/{used}": "900\n"}
+    assert cgroups(tmp_path, HYBRID, files) == (7000, 900)
+
+
+def test_swap_does_not_count(tmp_path):
+    files = {
+        "memory.max": "5000\n",
+        "memory.current": "600\n",
+        "memory.swap.max": "9000\n",
+        "memory.swap.current": "800\n",
+        "memory/memory.memsw.limit_in_bytes": "100\n",
+        "memory/memory.memsw.usage_in_bytes": "50\n",
+    }
+    assert cgroups(tmp_path, "0::/\n", files) == (5000, 600)
+
+
+def test_a_kernel_without_groups_has_no_limit(tmp_path):
+    assert host.cgroup_memory(tmp_path, tmp_path / "absent") == (host.NO_LIMIT, 0)
+
+
+@pytest.mark.parametrize(("prefetched", "pinned"), [(0, 0), (1, 0), (0, 1)])
+def test_a_global_batch_must_find_room_on_the_host(monkeypatch, prefetched, pinned):
+    monkeypatch.setattr(host, "host_memory", lambda: Memory(8 * GIB, 3 * GIB))
+    host.check_host_memory(3 * GIB // (1 + prefetched + pinned), what="x", prefetched=prefetched, pinned=pinned)
+    too_much = (3 * GIB + 2**20) // (1 + prefetched + pinned)
+    with pytest.raises(DoesNotFitError, match=r"train: expected .* 3073 MiB in all; got 3072 MiB free of 8192 MiB\. "):
+        host.check_host_memory(too_much, what="train", prefetched=prefetched, pinned=pinned)
 
 
 def test_no_limit_is_none(tmp_path):

@@ -160,7 +160,7 @@ def test_a_precision_that_the_card_at_hand_has_not_is_left_out(request_plan, her
     plan = plan_stage(request_plan("sequences", precisions=("bf16", "fp32")))
     assert plan.precision == "fp32"
     assert [probe.precision for probe in plan.probes if probe.outcome == "unsupported"] == ["bf16"]
-    with pytest.raises(ConfigError, match=r"precisions: expected one that cpu has, got \['bf16'\]"):
+    with pytest.raises(ConfigError, match=r"precisions: expected one that cpu has, of \['fp32', 'fp16'\], got 'bf16'"):
         plan_stage(request_plan("sequences", precisions=("bf16",)))
 
 
@@ -244,7 +244,6 @@ def test_precisions_are_those_of_the_card(request_plan, here, precisions, chosen
 def test_a_precision_that_the_card_has_not_is_an_error(request_plan, here):
     with pytest.raises(ConfigError, match=r"t4 has, of \['fp32', 'fp16'\], got \['bf16'\]"):
         plan_stage(request_plan("sequences", device="t4", precisions=("bf16",)))
-    assert here == []
 
 
 def test_the_machine_at_hand_is_estimated_only_if_asked_for(request_plan, here):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from memfit.step import StepLayout
 from memfit.training.evaluate import batches, evaluate_split
 from memfit.training.program import from_job, stage_program
 from memfit.workloads.series import SeriesWorkload
@@ -29,7 +30,7 @@ def test_batches_cover_a_split_once_and_in_order(workload):
 
 
 def test_neither_losses_nor_predictions_depend_on_the_batch_size(workload, model):
-    settings = {"precision": "fp32", "device": "cpu"}
+    settings = {"layout": StepLayout()}
     small_losses, small = evaluate_split(workload, model, "validation", batch_size=7, **settings)
     losses, predictions = evaluate_split(workload, model, "validation", batch_size=1000, **settings)
     assert small_losses == pytest.approx(losses, rel=1e-5)
@@ -40,7 +41,7 @@ def test_neither_losses_nor_predictions_depend_on_the_batch_size(workload, model
 
 
 def test_the_total_is_the_sum_of_means_as_in_training(workload, model):
-    losses, _ = evaluate_split(workload, model, "test", batch_size=8, precision="fp32", device="cpu")
+    losses, _ = evaluate_split(workload, model, "test", batch_size=8, layout=StepLayout())
     batch = workload.batch("test", np.arange(workload.num_samples("test")))
     with torch.no_grad():
         sums = workload.loss(model.eval(), batch)
@@ -54,8 +55,8 @@ def test_the_total_is_the_sum_of_means_as_in_training(workload, model):
 def test_dropout_is_off_and_the_mode_and_the_generator_are_left_alone(workload, model, training):
     model.train(training)
     before = torch.get_rng_state()
-    first, _ = evaluate_split(workload, model, "test", batch_size=16, precision="bf16", device="cpu")
-    second, _ = evaluate_split(workload, model, "test", batch_size=16, precision="bf16", device="cpu")
+    first, _ = evaluate_split(workload, model, "test", batch_size=16, layout=StepLayout(precision="bf16"))
+    second, _ = evaluate_split(workload, model, "test", batch_size=16, layout=StepLayout(precision="bf16"))
     assert first == second
     assert model.training is training
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,63 @@
+"""The child that trains: its budget, the host's memory, and what it says when either is too little."""
+
+import pytest
+import torch
+
+from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
+from memfit.memory import budget, host
+from memfit.memory.host import Memory
+from memfit.process import run_child
+from memfit.workloads.series import SeriesWorkload
+
+MIB = 2**20
+
+
+def test_the_plans_budget_is_enforced_before_anything_is_built(attempts, monkeypatch):
+    enforced = []
+    monkeypatch.setattr(budget, "enforce_budget", lambda *given: enforced.append(given))
+    attempt = attempts(stage={"epochs": 1})
+    attempt.run()
+    assert enforced == [(2**31, "cpu")]
+    phases = [event["phase"] for event in attempt.emitted if event["event"] == "phase"]
+    assert phases == ["build", "train", "evaluate", "save"]
+
+
+def test_a_global_batch_that_the_host_cannot_hold_is_refused_before_training(attempts, monkeypatch):
+    made = []
+    original = SeriesWorkload.batch
+
+    def batch(self, split, indices):
+        made.append(len(indices))
+        return original(self, split, indices)
+
+    monkeypatch.setattr(SeriesWorkload, "batch", batch)
+    monkeypatch.setattr(host, "host_memory", lambda: Memory(2**30, 100))
+    attempt = attempts(plan={"global_batch_size": 10**9})
+    with pytest.raises(
+        DoesNotFitError, match=r"train:first: expected the host's free memory .* got 0 MiB free of 1024"
+    ):
+        attempt.run()
+    assert made == [6]  # one micro-batch, to see how large a sample is
+    assert not attempt.folder.exists()
+
+
+def test_running_out_names_the_phase_and_what_to_do(attempts, monkeypatch):
+    def refuse(self, model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 bytes")
+
+    monkeypatch.setattr(SeriesWorkload, "loss", refuse)
+    with pytest.raises(
+        ChildOutOfMemoryError,
+        match=r"train:first: expected to stay within 2048 MiB on cpu, ran out in phase 'train': OutOfMemoryError .* "
+        r"Raise plan\.budget, or lower the stage's global_batch_size; what checkpoints",
+    ):
+        attempts().run()
+
+
+def test_a_real_child_is_held_to_its_budget(attempts, tmp_path):
+    attempt = attempts(stage={"epochs": 1}, plan={"budget_bytes": 600 * MIB})
+    fitting = run_child("memfit.training.worker:run", attempt.job, log=tmp_path / "log").unwrap("training")
+    assert 0 < fitting["peak_bytes"] <= 600 * MIB
+    attempt = attempts("small", stage={"epochs": 1}, plan={"budget_bytes": 270 * MIB})
+    with pytest.raises(ChildOutOfMemoryError, match=r"phase '(build|train)'"):
+        run_child("memfit.training.worker:run", attempt.job, log=tmp_path / "log").unwrap("training")
