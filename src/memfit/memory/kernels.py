@@ -162,6 +162,7 @@ def pretend(kernels: Kernels) -> Iterator[None]:
         (region, "__enter__", enter),
         (region, "__exit__", leave),
         (torch, "is_autocast_enabled", lambda *_device: regions.dtype is not None),
+        (torch._C, "_is_any_autocast_enabled", lambda: regions.dtype is not None),
         (torch, "get_autocast_dtype", lambda *_device: regions.dtype or torch.float16),
         (torch.amp, "is_autocast_available", lambda _device: True),
         (import_module("torch.optim.optimizer"), "_get_foreach_kernels_supported_devices", lambda: foreach),

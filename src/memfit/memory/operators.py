@@ -4,6 +4,7 @@ torch works much of that out in Python, and a step asks again for every layer, m
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,20 @@ from torch import Tensor, nn
 from memfit.memory.devices import Device
 from memfit.memory.roofline import Roofline, flat_tensors
 
+_PLAIN = (Tensor, nn.Parameter)
 _Again = Callable[[Any], Any]
 """args -> the operator's result for these."""
-_PLAIN = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An operator's answer for arguments of some shapes."""
+
+    again: _Again
+    seconds: float
+
+
+_NEVER_SEEN = _Known(lambda _args: None, 0.0)
 
 
 class _NotPlainError(Exception):
@@ -28,7 +40,8 @@ class Operators:
         self._roofline = Roofline(device)
         self._repeatable: dict[int, tuple[bool, Any]] = {}
         """By identity; the operator is kept, so that no other can take it over."""
-        self._known: dict[Any, tuple[_Again, float] | None] = {}
+        self._known: dict[Any, _Known | None] = {}
+        """None: run it each time."""
 
     def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, float]:
         """Return what an operator returns, and how long it takes on the device."""
@@ -38,12 +51,12 @@ class Operators:
             return self._really(func, args, kwargs)
         try:
             key = _key(func, args, kwargs)
-            if key not in self._known:
-                return self._learn(key, func, args, kwargs)
+            known = self._known.get(key, _NEVER_SEEN)
         except (_NotPlainError, TypeError):  # the latter where an argument cannot be hashed
             return self._really(func, args, kwargs)
-        known = self._known[key]
-        return (known[0](args), known[1]) if known else self._really(func, args, kwargs)
+        if known is _NEVER_SEEN:
+            return self._learn(key, func, args, kwargs)
+        return (known.again(args), known.seconds) if known else self._really(func, args, kwargs)
 
     def _really(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, float]:
         result = func(*args, **kwargs)
@@ -54,7 +67,7 @@ class Operators:
         result, seconds = self._really(func, args, kwargs)
         again = _in_place(result, args) if is_in_place(func) else _anew(result, storages)
         same = storages == _storages((*args, *kwargs.values())) and key == _key(func, args, kwargs)
-        self._known[key] = (again, seconds) if again and same else None
+        self._known[key] = _Known(again, seconds) if again and same else None
         return result, seconds
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from memfit.memory.budget import now_bytes
 from memfit.memory.devices import find_device, read_devices
 from memfit.memory.forecast import Forecast, Prediction
 from memfit.memory.plan import EVALUATION_FACTOR, HEADROOM, Candidate, Probe
@@ -31,8 +32,10 @@ def load_program(description: dict[str, Any]) -> TrainingProgram:
 
 
 def forecaster(program: TrainingProgram, payload: dict[str, Any]) -> Forecast:
-    """Make the oracle of a program on the payload's device."""
+    """Make the oracle of a program on the payload's device; on this CPU, what this process imported counts."""
     device = find_device(payload["device"], read_devices(payload["user_devices"]))
+    if device.kind == "cpu":
+        device = replace(device, context_bytes=max(device.context_bytes, now_bytes("cpu")))
     return Forecast(program, device, evaluation_factor=EVALUATION_FACTOR, clip=payload["clip"])
 
 
@@ -97,15 +100,25 @@ def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
             smallest.append(found[0])
             if found[-1].outcome == "predicted":  # the whole batch at once: nothing is left to save
                 break
-    failed = []
-    for probe in (*ranking(probes)[:_EXACT_TRIES], *smallest):
-        exact = _predicted(probe.candidate, oracle.of(probe.candidate), limit, size)
-        fits = exact.outcome == "predicted"
-        emit({"event": "probe", "probe": asdict(replace(exact, verifying=fits))})
-        if fits:
-            return {"timeline": oracle.timeline(probe.candidate), "relief": [], "precisions": precisions}
-        failed.append(exact)
-    return {"timeline": {}, "relief": relief(oracle, failed), "precisions": precisions}
+    exact: dict[Candidate, Probe] = {}
+
+    def look_closer(candidate: Candidate) -> Probe:
+        exact[candidate] = _predicted(candidate, oracle.of(candidate), limit, size)
+        emit({"event": "probe", "probe": asdict(exact[candidate])})
+        return exact[candidate]
+
+    for _ in range(_EXACT_TRIES):  # until what ranks first does so by a simulation of its own
+        best = next(iter(ranking(exact.get(probe.candidate, probe) for probe in probes)), None)
+        if best is None or best.candidate in exact:
+            break
+        look_closer(best.candidate)
+    fitting = ranking(exact.values()) or [
+        probe for probe in map(look_closer, [each.candidate for each in smallest]) if probe.outcome == "predicted"
+    ]
+    if not fitting:
+        return {"timeline": {}, "relief": relief(oracle, list(exact.values())), "precisions": precisions}
+    emit({"event": "probe", "probe": asdict(replace(fitting[0], verifying=True))})
+    return {"timeline": oracle.timeline(fitting[0].candidate), "relief": [], "precisions": precisions}
 
 
 def _predicted(candidate: Candidate, prediction: Prediction, limit: int, size: int) -> Probe:

@@ -68,7 +68,9 @@ def test_a_generous_budget_then_a_tight_one(request_plan):
     seen = []
     generous = plan_stage(request_plan(), seen.append)
     check_evidence(generous)
-    assert [asdict(probe) for probe in seen] == [asdict(probe) for probe in generous.probes]
+    assert [(probe.candidate, probe.peak_bytes) for probe in seen] == [
+        (probe.candidate, probe.peak_bytes) for probe in generous.probes  # those timed again may be faster
+    ]
     assert generous.checkpointing == "none"
     assert {probe.checkpointing for probe in generous.probes} == {"none"}
     micro = [probe.micro_batch_size for probe in generous.probes if not probe.verifying]
