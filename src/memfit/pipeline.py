@@ -25,7 +25,6 @@ from memfit.memory.plan import HEADROOM, Plan, Probe
 from memfit.memory.planner import check_feasible, plan_stage
 from memfit.memory.request import PlanRequest
 from memfit.process import Emit, run_child
-from memfit.report.page import write_report
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
 from memfit.workloads.registry import WORKLOADS
 
@@ -79,10 +78,14 @@ class Pipeline:
         index = max(i for i, step in enumerate(self.steps) if step.split(":")[0] == last)
         return self.steps[: index + 1]
 
+    @property
+    def _only_predicts(self) -> bool:
+        return self.config.plan.estimate_only or not is_here(self.config.plan.device)
+
     def check_trainable(self) -> None:
         """Refuse, before any work, to train with plans that nobody has run. Raises: ConfigError."""
         settings = self.config.plan
-        if settings.estimate_only or not is_here(settings.device):
+        if self._only_predicts:
             why = "plan.estimate_only" if settings.estimate_only else f"the device {settings.device!r}"
             raise ConfigError(
                 f"train: expected a plan that is run before it is trained with, got {why}, for which a plan is only "
@@ -132,7 +135,7 @@ class Pipeline:
         existed = (self.store / self.data_key / "manifest.json").exists()
         started = time.perf_counter()
         self.run.note("prepare", self.data_key, "running")
-        if not existed:
+        if not existed and not self._only_predicts:
             self._check_feasible()
         path = prepare_series(
             self._series, self.store, code_version=code_version("data"), fresh=self.fresh, on_progress=self._progress
@@ -412,6 +415,8 @@ class Pipeline:
         started = time.perf_counter()
         key = fingerprint({"steps": self.run.record["steps"]})
         self.run.note("report", key, "ran")
+        from memfit.report.page import write_report  # matplotlib: half a second that a plan need not wait for
+
         write_report(self.run.path)
         self.run.note("report", key, "ran", seconds=time.perf_counter() - started)
 

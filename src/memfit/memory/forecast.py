@@ -7,6 +7,7 @@ from typing import Any
 from memfit import chunked_loss
 from memfit.memory.devices import Device
 from memfit.memory.estimate import CATEGORIES, from_trace
+from memfit.memory.operators import Operators
 from memfit.memory.plan import Candidate, Probe
 from memfit.memory.simulate import simulate
 from memfit.memory.trace import Trace
@@ -32,6 +33,7 @@ class Forecast:
         self, program: TrainingProgram, device: Device, *, evaluation_factor: int, clip: float | None = None
     ) -> None:
         self.program, self.device, self.clip = program, device, clip
+        self._operators = Operators(device)
         self._evaluation_factor = evaluation_factor
         self._known: dict[Candidate, Prediction] = {}
         self._rough: dict[Candidate, Prediction] = {}
@@ -103,6 +105,7 @@ class Forecast:
             precision=candidate.precision,
             variant=candidate.variant,
             seq_len=candidate.seq_len,
+            operators=self._operators,
             **layout,
         )
 

@@ -63,7 +63,8 @@ def hopeless(forecast: Forecast, smallest: Sequence[Candidate], limit: int, size
 def outlook(payload: dict[str, Any], _emit: Emit) -> list[dict[str, Any]]:
     """Tell of each program, before its data is there, whether its smallest candidates are far beyond the budget.
 
-    Returns for each {"probes", "relief"}, both empty where one may fit or nothing can be simulated.
+    Returns for each {"probes", "relief"}, both empty where one may fit or nothing can be simulated; the first that
+    cannot fit is the last.
     """
     limit, found = int(payload["budget_bytes"] * (1 - HEADROOM)), []
     for each in payload["programs"]:
@@ -75,6 +76,8 @@ def outlook(payload: dict[str, Any], _emit: Emit) -> list[dict[str, Any]]:
             refused = hopeless(forecast, smallest, limit, each["global_batch_size"])
         refused = refused or []
         found.append({"probes": [asdict(probe) for probe in refused], "relief": relief(forecast, refused)})
+        if refused:
+            break
     return found
 
 

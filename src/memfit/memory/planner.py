@@ -254,7 +254,7 @@ def check_feasible(requests: Sequence[PlanRequest]) -> None:
         deadline_seconds=first.deadline_seconds,
         grace_seconds=0.0,
     )
-    for request, found in zip(requests, outcome.unwrap("the outlook"), strict=True):
+    for request, found in zip(requests, outcome.unwrap("the outlook"), strict=False):
         if found["probes"]:
             probes = [Probe(**probe) for probe in found["probes"]]
             raise DoesNotFitError(does_not_fit(Search(request, tried=probes, relief=found["relief"])))

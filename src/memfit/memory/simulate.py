@@ -1,6 +1,7 @@
 """Run the real step on tensors that hold no memory, as the wanted device would, and record what it allocates."""
 
 import copy
+import gc
 import random
 import sys
 from collections import defaultdict
@@ -17,14 +18,14 @@ from memfit.errors import MemfitError
 from memfit.memory import workspaces
 from memfit.memory.devices import Device
 from memfit.memory.kernels import Kernels, pretend
-from memfit.memory.roofline import Roofline
+from memfit.memory.operators import Operators
 from memfit.memory.trace import Recorder, Trace
 from memfit.step import (
     Batch,
     StepLayout,
     TrainingProgram,
     TrainingStep,
-    autocast,
+    evaluating,
     loss_terms,
     map_tensors,
     materialize_state,
@@ -56,20 +57,21 @@ def simulate(
     quick: bool = False,
     chunked_loss: bool = False,
     foreach: bool = True,
+    operators: Operators | None = None,
 ) -> Trace:
     """Record what `num_steps` steps (or, with phase "evaluate", evaluation batches) allocate on a device.
 
     With `resumed`, optimizer state is there before the first forward pass, as in a run that goes on. `step` is a
     user's own loop body in place of memfit's step; what it returns stays referenced until its successor is made.
     More than two micro-steps repeat the second, so at most two are run; `quick` runs only that one, with gradients in
-    place, in a single step.
+    place, in a single step. `operators` remembers shapes from one simulation on the same device to the next.
 
     Raises: CannotSimulateError where the program needs real values.
     """
     micro_steps = 1 if quick else min(2, accumulation_steps)
     layout = StepLayout(micro_steps, precision, checkpointing, "meta", chunked_loss, foreach)
     try:
-        with _random_numbers_kept(), _Simulation(device) as simulation:
+        with _random_numbers_kept(), _garbage_left_alone(), _Simulation(device, operators) as simulation:
             run = simulation.prepare(
                 program, layout, micro_batch_size, seq_len, variant, phase=phase, step=step, clip=clip, resumed=resumed
             )
@@ -99,12 +101,24 @@ def _random_numbers_kept() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+@contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Collect only garbage that is made in here: to look through all of torch's objects takes longer than a step."""
+    others = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not others:
+            gc.unfreeze()
+
+
 class _Simulation:
     """Everything that is pretended while a step is simulated."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, operators: Operators | None) -> None:
         self.device = device
-        self.recorder = Recorder(workspaces.Workspaces(device, self._lasting), Roofline(device))
+        self.recorder = Recorder(workspaces.Workspaces(device, self._lasting), operators or Operators(device))
         self.kernels = Kernels(device, self._is_host, lambda tensor: self.recorder.hold([tensor], "batch"))
         self._host = self.recorder.host
         self._host_batches: list[Batch] = []
@@ -151,7 +165,7 @@ class _Simulation:
         model = self.place(program, variant, train=phase == "train")
         if phase == "evaluate":
             batch = self.batch(program, size, seq_len)
-            return partial(self.evaluate, program, model, batch, layout.precision)
+            return partial(self.evaluate, program, model, batch, layout)
         optimizer = self.optimize(program, model)
         if resumed:
             self.materialize(model, optimizer)
@@ -235,11 +249,11 @@ class _Simulation:
         self._host_batches.append(batch)  # storages must not be freed: others would take over their identity
         return batch
 
-    def evaluate(self, program: TrainingProgram, model: nn.Module, batch: Batch, precision: str) -> None:
+    def evaluate(self, program: TrainingProgram, model: nn.Module, batch: Batch, layout: StepLayout) -> None:
         """Run one evaluation batch."""
         model.eval()
         evaluate = program.evaluate or partial(loss_terms, program)
-        with self._recording("evaluate"), torch.no_grad(), autocast(precision, "meta"):
+        with self._recording("evaluate"), evaluating(layout):
             evaluate(model, map_tensors(lambda tensor: tensor.to("meta"), batch))
 
     def own_step(

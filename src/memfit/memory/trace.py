@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.memory.roofline import Roofline, flat_tensors
+from memfit.memory.operators import Operators
+from memfit.memory.roofline import flat_tensors
 
 Workspaces = Callable[[str, tuple[Any, ...]], int]
 """(operator, args) -> bytes that the device's kernel may take while it runs, beyond its outputs."""
@@ -70,14 +71,14 @@ class Trace:
 class Recorder(TorchDispatchMode):
     """Records every storage that operators create, until it is freed."""
 
-    def __init__(self, workspaces: Workspaces, roofline: Roofline) -> None:
+    def __init__(self, workspaces: Workspaces, operators: Operators) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.module = ""
         self.in_program = True
         """Whether the program's own code runs, rather than memfit's step around it: only its answers are noted."""
         self._workspaces = workspaces
-        self._roofline = roofline if roofline.known else None
+        self._operators = operators
         self._phase = "forward"
         self._known: dict[int, int] = {}
         self._keep: dict[int, weakref.ref[Any]] = {}
@@ -99,8 +100,17 @@ class Recorder(TorchDispatchMode):
             self.trace.seconds = dict.fromkeys(self.trace.seconds, 0.0)
         self.trace.marks.append((len(self.trace.events), name))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from wrapping the method below, which costs more than the method itself."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and note what it allocated."""
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         backward = torch._C._current_graph_task_id() != -1
         if backward != self._in_backward:
             self._turn(backward)
@@ -109,10 +119,8 @@ class Recorder(TorchDispatchMode):
             return self._assume(name, args[0])
         if name == "aten::_amp_foreach_non_finite_check_and_unscale_":
             self._never_inf.add(args[1].untyped_storage()._cdata)
-        result = func(*args, **(kwargs or {}))
-        if self._roofline is not None:
-            part = "update" if self.phase == "optimizer" else "micro"
-            self.trace.seconds[part] += self._roofline.seconds(func, args, kwargs or {}, result)
+        result, seconds = self._operators.run(func, args, kwargs)
+        self.trace.seconds["update" if self.phase == "optimizer" else "micro"] += seconds
         for tensor in flat_tensors((result,)):
             if tensor.is_meta:
                 self._born(tensor, "temporaries", name)

@@ -153,6 +153,12 @@ def test_what_asks_for_autocast_is_told_of_the_pretended_one():
             assert torch.get_autocast_dtype("cuda") == HALF
 
 
+def test_recurrent_nets_take_what_autocast_made_of_their_input():
+    first, net = nn.Linear(4, 6).to("meta"), nn.LSTM(6, 6).to("meta")
+    with on("t4"), torch.autocast("cuda"):
+        assert net(first(meta(3, 2, 4)))[0].dtype == HALF
+
+
 def test_parameters_are_cast_once_in_a_region_and_anew_in_the_next():
     layer = nn.Linear(8, 8, device="meta")
     with on("t4") as modes, Operators() as operators:
@@ -297,6 +303,7 @@ PATCHED = [
     (torch.amp.autocast_mode.autocast, "__enter__"),
     (torch.amp.autocast_mode.autocast, "__exit__"),
     (torch, "is_autocast_enabled"),
+    (torch._C, "_is_any_autocast_enabled"),
     (torch, "get_autocast_dtype"),
     (torch.amp, "is_autocast_available"),
     (import_module("torch.optim.optimizer"), "_get_foreach_kernels_supported_devices"),

@@ -69,7 +69,8 @@ def test_a_generous_budget_then_a_tight_one(request_plan):
     generous = plan_stage(request_plan(), seen.append)
     check_evidence(generous)
     assert [(probe.candidate, probe.peak_bytes) for probe in seen] == [
-        (probe.candidate, probe.peak_bytes) for probe in generous.probes  # those timed again may be faster
+        (probe.candidate, probe.peak_bytes)
+        for probe in generous.probes  # those timed again may be faster
     ]
     assert generous.checkpointing == "none"
     assert {probe.checkpointing for probe in generous.probes} == {"none"}
