@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memfit import chunked_loss
+from memfit.memory.budget import host_bytes
 from memfit.memory.devices import Device
 from memfit.memory.estimate import CATEGORIES, from_trace
 from memfit.memory.operators import Operators
@@ -38,6 +39,7 @@ class Forecast:
         self._known: dict[Candidate, Prediction] = {}
         self._rough: dict[Candidate, Prediction] = {}
         self._evaluated: dict[tuple[Any, ...], Prediction] = {}
+        self._sample_bytes: dict[int | None, float] = {}
         self._timelines: dict[Candidate, dict[str, list[Any]]] = {}
         self.notes: list[str] = []
         self.usable: set[str] = set()
@@ -47,12 +49,13 @@ class Forecast:
         """Simulate one layout: its training step, and its evaluation batch if the program has one."""
         key = self._key(candidate)
         if key not in self._known:
-            self._known[key] = self._with_evaluation(key, self._train(key, quick=False))
-        return self._known[key]
+            self._known[key] = self._train(key, quick=False)
+        train = self._with_rest_of_batch(candidate, self._known[key], min(2, candidate.accumulation_steps))
+        return self._with_evaluation(candidate, train)
 
     def take_over(self, probes: Iterable[Probe]) -> None:
-        """Take what an earlier forecast of the same program said, for another global batch."""
-        for probe in probes:
+        """Take what an earlier forecast of the same program said, for another global batch, on a card."""
+        for probe in probes if self.device.kind != "cpu" else ():
             if probe.accumulation_steps > 1 and probe.predicted_bytes and probe.upper_bytes:
                 seconds = probe.micro_seconds or 0.0, probe.update_seconds or 0.0
                 known = Prediction(probe.predicted_bytes, probe.upper_bytes, *seconds, probe.phase or "train_step")
@@ -64,6 +67,17 @@ class Forecast:
         if key not in self._rough:
             self._rough[key] = self._train(key, quick=True)
         return self._rough[key]
+
+    def _with_rest_of_batch(self, candidate: Candidate, train: Prediction, micro_steps: int) -> Prediction:
+        """Add what of the global batch was not simulated: on a CPU the loop holds all of it."""
+        if self.device.kind != "cpu" or candidate.accumulation_steps <= micro_steps:
+            return train
+        if candidate.seq_len not in self._sample_bytes:
+            few = self.program.batch(candidate.micro_batch_size, candidate.seq_len)
+            self._sample_bytes[candidate.seq_len] = host_bytes(few) / candidate.micro_batch_size
+        left = (candidate.accumulation_steps - micro_steps) * candidate.micro_batch_size
+        rest = int(left * self._sample_bytes[candidate.seq_len])
+        return replace(train, peak_bytes=train.peak_bytes + rest, upper_bytes=train.upper_bytes + rest)
 
     def timeline(self, candidate: Candidate) -> dict[str, list[Any]]:
         """Return the memory timeline of a layout that was simulated: "phase", and MiB by category, moment by moment."""
@@ -134,11 +148,12 @@ class Forecast:
         """
         layouts = ladder if layouts is None else layouts
         if len(ladder) < 3:
-            return [self._with_evaluation(candidate, self._roughly(candidate)) for candidate in layouts]
+            trained = [self._with_rest_of_batch(each, self._roughly(each), 1) for each in layouts]
+            return [self._with_evaluation(each, train) for each, train in zip(layouts, trained, strict=True)]
         low, high = ladder[min(len(ladder) // 3, len(ladder) - 3)], ladder[-2]
         first, second = self._roughly(low), self._roughly(high)
         ends = (low.micro_batch_size, first), (high.micro_batch_size, second)
-        found = [_on_line(candidate.micro_batch_size, *ends) for candidate in layouts]
+        found = [self._with_rest_of_batch(each, _on_line(each.micro_batch_size, *ends), 1) for each in layouts]
         if self.program.evaluate is None:
             return found
         small, large = self._evaluation_size(low), self._evaluation_size(ladder[-1])

@@ -130,7 +130,7 @@ def _climb(search: Search, seq_len: int | None) -> list[Probe]:
                 if ran.single_sample_fails:  # batch statistics of one sample, perhaps: if not, two fail as well
                     search.request = replace(request, min_micro_batch_size=min(2, request.device_batch_size))
                     return _climb(search, seq_len)
-                probes, predicted = ran.probes, ran.predicted
+                probes, predicted = _with_smaller(search, ladder, ran), ran.predicted
                 usable |= set(ran.usable)
                 search.relief = ran.relief
             search.tried.extend(probes)
@@ -139,6 +139,18 @@ def _climb(search: Search, seq_len: int | None) -> list[Probe]:
             if search.relief:  # nothing fits, by far
                 return found
     return found
+
+
+def _with_smaller(search: Search, ladder: Sequence[Candidate], ran: "Climb") -> list[Probe]:
+    """Climb the rungs below the one that a climb began at, where even that one did not fit."""
+    probes = ran.probes
+    while not ran.relief and probes and all(probe.outcome in ("oom", "over_budget") for probe in probes):
+        below = [rung for rung in ladder if rung.micro_batch_size < probes[-1].micro_batch_size]
+        if not below:
+            break
+        ran = _run(search, below, False)
+        probes = [*probes, *ran.probes]
+    return probes
 
 
 def _worth_saving(
@@ -156,15 +168,17 @@ def _worth_saving(
 def _known(request: PlanRequest, ladder: Sequence[Candidate]) -> list[Probe]:
     """Take over an earlier climb of this ladder: only the number of accumulation steps differs.
 
-    A climb over other rungs says too little of this ladder: none of it is taken.
+    A climb over other rungs, or over a single one of this ladder's, says too little: none of it is taken.
     """
     climbed = {
         probe.micro_batch_size: probe
         for probe in request.known
         if not probe.verifying and probe.candidate.ladder == ladder[0].ladder
     }
-    rungs = [candidate for candidate in ladder if candidate.micro_batch_size <= max(climbed, default=0)]
-    if not all(candidate.micro_batch_size in climbed for candidate in rungs):
+    smallest, largest = min(climbed, default=0), max(climbed, default=0)
+    rungs = [candidate for candidate in ladder if smallest <= candidate.micro_batch_size <= largest]
+    enough = len(rungs) > 1 or smallest == ladder[0].micro_batch_size
+    if not climbed or not enough or not all(candidate.micro_batch_size in climbed for candidate in rungs):
         return []
     return [climbed[candidate.micro_batch_size].at(candidate, request.global_batch_size) for candidate in rungs]
 

@@ -58,10 +58,38 @@ def sweep(
 ) -> Iterator[Probe]:
     """Climb the ladder until it does not fit, will not fit, or no longer gets faster.
 
-    A rung is left out when its prediction, or the line through the last two peaks, passes the budget; what of the
-    gap below it fits is then tried, if larger micro-batches were faster up to there. The climb also ends when two
-    rungs in a row were no faster than the best before them: by more than noise, or where going on takes long.
+    The climb begins at a quarter of what is predicted to fit, or at the smallest rung; it goes down from there if that
+    rung was the fastest. A rung is left out when its prediction, or the line through the last two peaks, passes the
+    budget; what of the gap below it fits is then tried, if larger micro-batches were faster up to there. The climb also
+    ends when two rungs in a row were no faster than the best before them: by more than noise, or where going on takes
+    long.
     """
+    start, fitting, last = _start(ladder, budget_bytes, predict), list[Probe](), ""
+    for probe in _climb(ladder[start:], measure, budget_bytes, predict):
+        yield probe
+        fitting += [probe] if probe.outcome == "fits" else []
+        last = probe.outcome
+    if last == "oom" or not fitting:
+        return
+    fastest = max(_rate(probe) for probe in fitting)
+    for candidate in reversed(ladder[:start]) if _rate(fitting[0]) == fastest else ():
+        probe = measure(candidate)
+        yield probe
+        if _rate(probe) <= fastest:
+            return
+        fastest = _rate(probe)
+
+
+def _start(ladder: Sequence[Candidate], budget_bytes: int, predict: Predict) -> int:
+    fitting = [place for place, candidate in enumerate(ladder) if 0 < predict(candidate) <= budget_bytes]
+    return max(0, max(fitting, default=0) - 2)
+
+
+def _rate(probe: Probe) -> float:
+    return probe.samples_per_second or 0.0
+
+
+def _climb(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, predict: Predict) -> Iterator[Probe]:
     fitting: list[Probe] = []
     for candidate in ladder:
         hopeless = predict(candidate) > budget_bytes * (1 + FORECAST_SLACK)
@@ -82,7 +110,7 @@ def _between(
     fitting: Sequence[Probe], ladder: Sequence[Candidate], following: Candidate, budget_bytes: int
 ) -> list[Candidate]:
     """Find the largest micro-batch between two rungs that fits by the line through the last two peaks."""
-    rates = [probe.samples_per_second or 0.0 for probe in fitting[-2:]]
+    rates = [_rate(probe) for probe in fitting[-2:]]
     if len(fitting) < 2 or rates[1] <= rates[0] * (1 + TIE):
         return []
     low = fitting[-1].micro_batch_size
@@ -91,9 +119,10 @@ def _between(
 
 
 def rungs_of(ladder: Sequence[Candidate], probes: Iterable[Probe]) -> list[Probe]:
-    """Pick the probes of a climb that stand on the ladder's own rungs, in order."""
+    """Pick the probes of a climb that stand on the ladder's own rungs, the smallest first."""
     sizes = {candidate.micro_batch_size for candidate in ladder}
-    return [probe for probe in probes if probe.micro_batch_size in sizes and not probe.verifying]
+    found = [probe for probe in probes if probe.micro_batch_size in sizes and not probe.verifying]
+    return sorted(found, key=lambda probe: probe.micro_batch_size)
 
 
 def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], predicted: Sequence[int], budget: int) -> bool:
@@ -101,10 +130,11 @@ def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], predicted
     climbed = rungs_of(ladder, probes)
     if not climbed or climbed[-1].outcome != "fits":
         return not climbed or climbed[-1].outcome in ("oom", "over_budget")  # a timeout is not about memory
-    if len(climbed) >= len(ladder):
+    above = [place for place, rung in enumerate(ladder) if rung.micro_batch_size > climbed[-1].micro_batch_size]
+    if not above:
         return False
-    hopeless = len(predicted) > len(climbed) and predicted[len(climbed)] > budget * (1 + FORECAST_SLACK)
-    return hopeless or _next_peak(climbed, ladder[len(climbed)]) > budget
+    hopeless = len(predicted) == len(ladder) and predicted[above[0]] > budget * (1 + FORECAST_SLACK)
+    return hopeless or _next_peak(climbed, ladder[above[0]]) > budget
 
 
 def worth_recomputing(probes: Sequence[Probe], ladder: Sequence[Candidate]) -> bool:
@@ -112,11 +142,13 @@ def worth_recomputing(probes: Sequence[Probe], ladder: Sequence[Candidate]) -> b
 
     As far as the ladder goes, every doubling is granted the gain of the last one that was measured.
     """
-    rates = [probe.samples_per_second or 0.0 for probe in rungs_of(ladder, probes) if probe.outcome == "fits"]
+    fitting = [probe for probe in rungs_of(ladder, probes) if probe.outcome == "fits"]
+    rates = [_rate(probe) for probe in fitting]
     if len(rates) < 2:
         return True
     gain = rates[-1] / rates[-2] if rates[-2] else 1.0
-    return bool(rates[-1] * max(gain, 1.0) ** (len(ladder) - len(rates)) > max(rates) * RECOMPUTING_COSTS)
+    doublings = sum(rung.micro_batch_size > fitting[-1].micro_batch_size for rung in ladder)
+    return bool(rates[-1] * max(gain, 1.0) ** doublings > max(rates) * RECOMPUTING_COSTS)
 
 
 def _next_peak(fitting: Sequence[Probe], following: Candidate) -> float:
@@ -130,7 +162,7 @@ def _next_peak(fitting: Sequence[Probe], following: Candidate) -> float:
 def _stalled(fitting: Sequence[Probe]) -> bool:
     if len(fitting) < 4:
         return False
-    rates = [probe.samples_per_second or 0.0 for probe in fitting]
+    rates = [_rate(probe) for probe in fitting]
     best, latest = max(rates[:-2]), max(rates[-2:])
     next_seconds = 4 * (fitting[-1].micro_seconds or 0.0)  # two micro-steps, each twice as large
     return latest < best * (1 - NOISE) or (latest <= best and next_seconds > PATIENCE_SECONDS)
@@ -138,10 +170,8 @@ def _stalled(fitting: Sequence[Probe]) -> bool:
 
 def contenders(probes: Iterable[Probe]) -> list[Probe]:
     """Pick what noise alone may have put into its order: the fastest that fit, three at most; none if it is one."""
-    fitting = sorted((p for p in probes if p.outcome == "fits"), key=lambda p: -(p.samples_per_second or 0.0))
-    close = [
-        p for p in fitting if (p.samples_per_second or 0.0) >= (fitting[0].samples_per_second or 0.0) * (1 - NOISE)
-    ]
+    fitting = sorted((probe for probe in probes if probe.outcome == "fits"), key=_rate, reverse=True)
+    close = [probe for probe in fitting if _rate(probe) >= _rate(fitting[0]) * (1 - NOISE)]
     return close[:3] if len(close) > 1 else []
 
 
@@ -176,8 +206,8 @@ def ranking(probes: Iterable[Probe]) -> list[Probe]:
         return sorted(left, key=_effort)
     ordered = []
     while left:
-        best = max(probe.samples_per_second or 0.0 for probe in left)
-        tied = [probe for probe in left if (probe.samples_per_second or 0.0) >= best * (1 - TIE)]
+        best = max(map(_rate, left))
+        tied = [probe for probe in left if _rate(probe) >= best * (1 - TIE)]
         chosen = min(tied, key=lambda probe: probe.peak_bytes or probe.predicted_bytes or 0)
         ordered.append(chosen)
         left.remove(chosen)

@@ -190,3 +190,17 @@ def test_an_earlier_forecast_spares_simulations(simulated):
     assert simulated == []
     assert [each.peak_bytes // MIB for each in line] == [101, 102, 104, 108, 116, 132]
     assert [each.upper_bytes // MIB for each in line] == [201, 202, 204, 208, 216, 232]
+
+
+def test_on_a_cpu_the_whole_global_batch_is_held_and_on_a_card_a_micro_batch():
+    program = TrainingProgram(
+        build_model=lambda: nn.Linear(2**18, 1),
+        make_batch=lambda n, _seq_len: torch.ones(n, 2**18),  # 1 MiB a sample
+        loss=lambda model, batch: model(batch).mean(),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    for device, rise in (("cpu", 62), ("t4", 0)):
+        oracle = Forecast(program, find_device(device), evaluation_factor=4)
+        few, many = (oracle.of(Candidate(1, steps)) for steps in (2, 64))
+        assert (many.peak_bytes - few.peak_bytes) // 2**20 == rise
+        assert (many.upper_bytes - few.upper_bytes) // 2**20 == rise

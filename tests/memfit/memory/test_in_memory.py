@@ -94,11 +94,12 @@ def test_a_plan_is_run_in_children_and_nothing_of_the_caller_changes():
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     threads = threading.active_count()
 
-    found = plan(program(build_model=lambda: model, optimizer=lambda chosen: torch.optim.Adam(chosen.parameters())))
+    chosen = program(build_model=lambda: model, optimizer=lambda built: torch.optim.Adam(built.parameters()))
+    found = plan(chosen, global_batch_size=4)
 
     assert found.verified
     assert found.measured_peak_bytes <= 1024 * MIB * (1 - HEADROOM)
-    assert found.micro_batch_size * found.accumulation_steps >= 64 == found.global_batch_size
+    assert found.micro_batch_size * found.accumulation_steps >= 4 == found.global_batch_size
     assert found.probes[-1].verifying
     assert min(probe.micro_batch_size for probe in found.probes) == 2  # of one sample there are no batch statistics
     assert ("batch normalization" in found.reason) == (found.accumulation_steps > 1)
@@ -114,7 +115,7 @@ def test_a_plan_is_run_in_children_and_nothing_of_the_caller_changes():
     assert threading.active_count() == threads
 
     step = memfit.TrainingStep(found, program(), model.train(), optimizer, clip=1.0)
-    assert step(program().make_batch(64)).num_samples == 64
+    assert step(program().make_batch(4)).num_samples == 4
 
 
 def test_a_budget_below_the_parameters_says_what_would_be_enough():

@@ -33,9 +33,10 @@ class Machine:
         fixed_seconds: float = 0.01,
         relief: tuple = (),
         usable: tuple = (),
+        foresees: float = 1.0,
     ) -> None:
         self.mib_per_sample, self.base_mib, self.fixed_seconds = mib_per_sample, base_mib, fixed_seconds
-        self.hangs, self.relief, self.usable = hangs, relief, usable
+        self.hangs, self.relief, self.usable, self.foresees = hangs, relief, usable, foresees
         self.climbed, self.confirmed, self.relieved = [], [], []
         monkeypatch.setattr(planner, "_run", self.run)
         monkeypatch.setattr(answers, "run_child", self.run_child)
@@ -54,10 +55,15 @@ class Machine:
         else:
             self.climbed.append((ladder[0].precision, ladder[0].checkpointing, request.global_batch_size))
         probes = list(
-            sweep(ladder, lambda candidate: self.probe(candidate, limit, request.global_batch_size), limit, self.peak)
+            sweep(
+                ladder, lambda candidate: self.probe(candidate, limit, request.global_batch_size), limit, self.foreseen
+            )
         )
         probes = [replace(probe, verifying=verifying) for probe in probes]
-        return Climb(probes, [self.peak(c) for c in ladder], list(self.usable))
+        return Climb(probes, [self.foreseen(c) for c in ladder], list(self.usable))
+
+    def foreseen(self, candidate: Candidate) -> int:
+        return int(self.peak(candidate) * self.foresees)
 
     def peak(self, candidate: Candidate) -> int:
         share = 0.25 if candidate.checkpointing == "blocks" else 1.0
@@ -130,6 +136,14 @@ def test_levers_that_cost_less_are_tried_before_recomputation_and_only_where_the
     assert tighter.climbed == [("fp32", "none", 64)] * 3 + [("fp32", "blocks", 64)]
 
 
+def test_where_a_climb_begins_too_high_the_rungs_below_are_climbed_too(monkeypatch):
+    machine = Machine(90, monkeypatch, foresees=0.1)
+    plan = plan_stage(request(64, checkpointings=("none",)))
+    assert machine.climbed == [("fp32", "none", 64)] * 2
+    assert next((p.micro_batch_size, p.outcome) for p in plan.probes if not p.verifying) == (16, "oom")
+    assert plan.micro_batch_size == 8
+
+
 def test_a_timeout_is_not_cured_by_recomputation(monkeypatch):
     machine = Machine(1, monkeypatch, hangs=True)
     with pytest.raises(DoesNotFitError, match="timeout"):
@@ -150,8 +164,8 @@ def test_a_smaller_global_batch_takes_over_what_was_measured(monkeypatch):
     first = plan_stage(request(64))
     second = plan_stage(request(32, known=first.probes))
     assert machine.climbed == [("fp32", "none", 64)]
-    assert micro_sizes(second.probes) == [1, 2, 4, 8, 16, 32]
-    assert [p.accumulation_steps for p in second.probes if not p.verifying] == [32, 16, 8, 4, 2, 1]
+    assert micro_sizes(second.probes) == [16, 32]
+    assert [p.accumulation_steps for p in second.probes if not p.verifying] == [2, 1]
     assert (second.micro_batch_size, second.accumulation_steps) == (32, 1)
     for probe in second.probes:
         expected = 0.005 + probe.accumulation_steps * (0.01 + 0.001 * probe.micro_batch_size)

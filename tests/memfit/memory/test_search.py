@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from memfit.memory.plan import Candidate, Probe
 from memfit.memory.search import (
     FORECAST_SLACK,
+    NOISE,
     PATIENCE_SECONDS,
     RECOMPUTING_COSTS,
     TIE,
@@ -199,7 +200,7 @@ def test_the_edge_is_tried_where_rates_still_rise_and_is_the_largest_that_fits_b
         assert probes == climbed
         return
     rates = [probe.samples_per_second for probe in climbed]
-    stalled = len(rates) > 3 and max(rates[-2:]) <= max(rates[:-2])
+    stalled = len(rates) > 3 and max(rates[-2:]) < max(rates[:-2]) * (1 - NOISE)
     rising = rates[-1] > rates[-2] * (1 + TIE)
     inside = [n for n in micro_sizes(grid(ladder)) if climbed[-1].micro_batch_size < n < left_out[0]]
     fitting = [n for n in inside if line_at(climbed, n) <= BUDGET]
@@ -215,9 +216,34 @@ def test_a_rung_far_beyond_the_budget_by_prediction_is_not_run_but_the_first_alw
         return int(cost.peak(candidate) * error)
 
     probes = list(sweep(ladder, cost.probe, BUDGET, predict))
-    climbed = rungs_of(ladder, probes)
-    assert probes[0].micro_batch_size == ladder[0].micro_batch_size
-    assert all(predict(probe.candidate) <= BUDGET * (1 + FORECAST_SLACK) for probe in climbed[1:])
+    foreseen = [rung for rung in ladder if 0 < predict(rung) <= BUDGET]
+    began = ladder[max(0, len(foreseen) - 3)]
+    assert probes[0].micro_batch_size == began.micro_batch_size
+    rungs = [probe.candidate for probe in rungs_of(ladder, probes) if probe.candidate != began]
+    assert all(predict(rung) <= BUDGET * (1 + FORECAST_SLACK) for rung in rungs)
+
+
+def test_a_climb_goes_down_from_where_it_began_as_long_as_smaller_is_faster():
+    cost = Cost(base=0, slope=1.0, cap=100)
+
+    def climbed(rates, peak=lambda candidate: candidate.micro_batch_size):
+        def measure(candidate):
+            rate = float(rates[candidate.micro_batch_size.bit_length() - 1])
+            return replace(cost.probe(candidate), samples_per_second=rate, peak_bytes=peak(candidate))
+
+        return micro_sizes(sweep(ladder_of(64), measure, BUDGET, lambda candidate: candidate.micro_batch_size))
+
+    assert climbed([1, 2, 3, 4, 5, 6, 7]) == [16, 32, 64]
+    assert climbed([1, 2, 9, 8, 7, 6, 5]) == [16, 32, 64, 8, 4, 2]
+    assert climbed([9, 8, 7, 6, 5, 4, 3]) == [16, 32, 64, 8, 4, 2, 1]
+
+
+def test_nothing_is_run_below_a_climb_that_ran_out_of_memory():
+    cost = Cost(base=0, slope=2 * BUDGET / 64, cap=100)
+    probes = list(sweep(ladder_of(64), cost.probe, BUDGET, lambda candidate: candidate.micro_batch_size))
+    assert [(probe.micro_batch_size, probe.outcome) for probe in probes] == [(16, "fits"), (32, "fits")]
+    probes = list(sweep(ladder_of(64), replace(cost, slope=BUDGET / 10).probe, BUDGET, lambda c: c.micro_batch_size))
+    assert [(probe.micro_batch_size, probe.outcome) for probe in probes] == [(16, "oom")]
 
 
 @pytest.mark.parametrize(("predicted", "tried"), [(1150, [1, 2, 4, 8]), (1151, [1, 2, 4])])
@@ -285,12 +311,14 @@ def test_a_climb_is_bound_by_memory_where_the_next_rung_would_not_fit(cost, size
     bound = memory_bound(probes, ladder, predicted, BUDGET)
     if climbed[-1].outcome != "fits":
         assert bound
-    elif len(climbed) == len(ladder):
+        return
+    above = [place for place, rung in enumerate(ladder) if rung.micro_batch_size > climbed[-1].micro_batch_size]
+    if not above:
         assert not bound
-    else:
-        hopeless = predicted[len(climbed)] > BUDGET * (1 + FORECAST_SLACK)
-        by_line = len(climbed) > 1 and line_at(climbed, ladder[len(climbed)].micro_batch_size) > BUDGET
-        assert bound == (hopeless or by_line)
+        return
+    hopeless = predicted[above[0]] > BUDGET * (1 + FORECAST_SLACK)
+    by_line = len(climbed) > 1 and line_at(climbed, ladder[above[0]].micro_batch_size) > BUDGET
+    assert bound == (hopeless or by_line)
 
 
 def test_a_climb_that_hung_is_not_bound_by_memory():
