@@ -32,7 +32,7 @@ from memfit.step import (
 
 _MIN_TIMED_SECONDS = 0.2
 _LONG_STEP_SECONDS = 2.0
-_AGAIN_SECONDS = 1.5
+_AGAIN_SECONDS = 2.0
 _MAX_TIMED_STEPS = 4
 
 

@@ -11,7 +11,7 @@ TIE = 0.03
 """Plans whose throughput differs by no more than this share are equal; the smaller peak wins."""
 FORECAST_SLACK = 0.15
 """A rung is left out only if it is predicted to pass the budget by more than this share."""
-NOISE = 0.15
+NOISE = 0.25
 """Share by which timings of the same layout differ on a machine that others use too."""
 PATIENCE_SECONDS = 5.0
 """A rung that would take longer than this is not run for a gain that noise alone could hide."""
