@@ -17,7 +17,7 @@ from memfit.memory.checks import check_loss
 from memfit.memory.forecast import Forecast, Prediction
 from memfit.memory.outlook import forecaster, hopeless, load_program, most_saving, relief
 from memfit.memory.plan import HEADROOM, Candidate, Probe, evaluation_batch_size
-from memfit.memory.search import HOPELESS, contenders, sweep
+from memfit.memory.search import HOPELESS, contenders, grid, sweep
 from memfit.memory.simulate import CannotSimulateError
 from memfit.process import Emit, is_out_of_memory
 from memfit.step import (
@@ -96,7 +96,8 @@ def run(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 def _predict(forecast: Forecast, ladder: Sequence[Candidate]) -> dict[Candidate, Prediction]:
     try:
-        return dict(zip(ladder, forecast.line(ladder), strict=True))
+        layouts = grid(ladder) if len(ladder) > 2 else list(ladder)
+        return dict(zip(layouts, forecast.line(ladder, layouts), strict=True))
     except CannotSimulateError:
         return {}
 

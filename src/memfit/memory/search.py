@@ -59,10 +59,10 @@ def sweep(
     """Climb the ladder until it does not fit, will not fit, or no longer gets faster.
 
     The climb begins at a quarter of what is predicted to fit, or at the smallest rung; it goes down from there if that
-    rung was the fastest. A rung is left out when its prediction, or the line through the last two peaks, passes the
-    budget; what of the gap below it fits is then tried, if larger micro-batches were faster up to there. The climb also
-    ends when two rungs in a row were no faster than the best before them: by more than noise, or where going on takes
-    long.
+    rung was the fastest. A rung is left out when its prediction, or the last peak and the rise to be expected, passes
+    the budget; what of the gap below it fits is then tried, if larger micro-batches were faster up to there. The climb
+    also ends when two rungs in a row were no faster than the best before them: by more than noise, or where going on
+    takes long.
     """
     start, fitting, last = _start(ladder, budget_bytes, predict), list[Probe](), ""
     for probe in _climb(ladder[start:], measure, budget_bytes, predict):
@@ -93,9 +93,8 @@ def _climb(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, pre
     fitting: list[Probe] = []
     for candidate in ladder:
         hopeless = predict(candidate) > budget_bytes * (1 + FORECAST_SLACK)
-        if fitting and (hopeless or _next_peak(fitting, candidate) > budget_bytes):
-            between = _between(fitting, ladder, candidate, budget_bytes)
-            yield from map(measure, between)
+        if fitting and (hopeless or _next_peak(fitting, candidate, predict) > budget_bytes):
+            yield from map(measure, _between(fitting, ladder, candidate, budget_bytes, predict))
             return
         probe = measure(candidate)
         yield probe
@@ -107,15 +106,15 @@ def _climb(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, pre
 
 
 def _between(
-    fitting: Sequence[Probe], ladder: Sequence[Candidate], following: Candidate, budget_bytes: int
+    fitting: Sequence[Probe], ladder: Sequence[Candidate], following: Candidate, budget_bytes: int, predict: Predict
 ) -> list[Candidate]:
-    """Find the largest micro-batch between two rungs that fits by the line through the last two peaks."""
+    """Find the largest micro-batch between two rungs that is expected to fit, if larger ones were faster so far."""
     rates = [_rate(probe) for probe in fitting[-2:]]
     if len(fitting) < 2 or rates[1] <= rates[0] * (1 + TIE):
         return []
     low = fitting[-1].micro_batch_size
     inside = [c for c in grid(ladder) if low < c.micro_batch_size < following.micro_batch_size]
-    return [c for c in inside if _next_peak(fitting, c) <= budget_bytes][-1:]
+    return [c for c in inside if _next_peak(fitting, c, predict) <= budget_bytes][-1:]
 
 
 def rungs_of(ladder: Sequence[Candidate], probes: Iterable[Probe]) -> list[Probe]:
@@ -133,8 +132,13 @@ def memory_bound(probes: Sequence[Probe], ladder: Sequence[Candidate], predicted
     above = [place for place, rung in enumerate(ladder) if rung.micro_batch_size > climbed[-1].micro_batch_size]
     if not above:
         return False
-    hopeless = len(predicted) == len(ladder) and predicted[above[0]] > budget * (1 + FORECAST_SLACK)
-    return hopeless or _next_peak(climbed, ladder[above[0]]) > budget
+    known = dict(zip([rung.micro_batch_size for rung in ladder], predicted, strict=False))
+
+    def predict(candidate: Candidate) -> int:
+        return known.get(candidate.micro_batch_size, 0)
+
+    following = ladder[above[0]]
+    return predict(following) > budget * (1 + FORECAST_SLACK) or _next_peak(climbed, following, predict) > budget
 
 
 def worth_recomputing(probes: Sequence[Probe], ladder: Sequence[Candidate]) -> bool:
@@ -151,7 +155,11 @@ def worth_recomputing(probes: Sequence[Probe], ladder: Sequence[Candidate]) -> b
     return bool(rates[-1] * max(gain, 1.0) ** doublings > max(rates) * RECOMPUTING_COSTS)
 
 
-def _next_peak(fitting: Sequence[Probe], following: Candidate) -> float:
+def _next_peak(fitting: Sequence[Probe], following: Candidate, predict: Predict) -> float:
+    """Expect the last peak plus the predicted rise; without predictions, what the line through the last two says."""
+    last = fitting[-1]
+    if predict(following) and predict(last.candidate):
+        return (last.peak_bytes or 0) + max(predict(following) - predict(last.candidate), 0)
     if len(fitting) < 2:
         return 0.0
     (n1, y1), (n2, y2) = ((probe.micro_batch_size, probe.peak_bytes or 0) for probe in fitting[-2:])

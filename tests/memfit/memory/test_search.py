@@ -177,6 +177,19 @@ def test_a_sweep_does_not_run_a_rung_that_the_line_through_the_last_peaks_forbid
     assert tried == [1, 2, 4, 8, 16]
 
 
+def test_where_predictions_are_known_they_say_how_far_the_next_peak_rises():
+    """Measured peaks are uneven: the line through the last two would leave out the third."""
+    cost, peaks = Cost(base=0, slope=0, cap=100), {1: 300, 2: 600, 3: 650, 4: 700, 8: 900}
+
+    def measure(candidate):
+        return replace(cost.probe(candidate), peak_bytes=peaks[candidate.micro_batch_size])
+
+    assert micro_sizes(sweep(ladder_of(8), measure, BUDGET)) == [1, 2, 3]
+    foreseen = {1: 300, 2: 400, 4: 600, 8: 950}
+    found = sweep(ladder_of(8)[:3], measure, BUDGET, lambda candidate: foreseen[candidate.micro_batch_size])
+    assert micro_sizes(found) == [1, 2, 4]
+
+
 def test_what_fits_between_the_last_rung_and_the_one_left_out_is_run_last():
     cost = Cost(base=100, slope=40, cap=100)
     probes = list(sweep(ladder_of(64), cost.probe, BUDGET))
@@ -306,7 +319,7 @@ def test_a_climb_is_bound_by_memory_where_the_next_rung_would_not_fit(cost, size
     ladder = ladder_of(size)
     predicted = [int(cost.peak(candidate) * error) for candidate in ladder]
     foreseen = dict(zip(ladder, predicted, strict=True))
-    probes = list(sweep(ladder, cost.probe, BUDGET, foreseen.__getitem__))
+    probes = list(sweep(ladder, cost.probe, BUDGET, lambda candidate: foreseen.get(candidate, 0)))
     climbed = rungs_of(ladder, probes)
     bound = memory_bound(probes, ladder, predicted, BUDGET)
     if climbed[-1].outcome != "fits":
@@ -317,8 +330,11 @@ def test_a_climb_is_bound_by_memory_where_the_next_rung_would_not_fit(cost, size
         assert not bound
         return
     hopeless = predicted[above[0]] > BUDGET * (1 + FORECAST_SLACK)
-    by_line = len(climbed) > 1 and line_at(climbed, ladder[above[0]].micro_batch_size) > BUDGET
-    assert bound == (hopeless or by_line)
+    last = [rung.micro_batch_size for rung in ladder].index(climbed[-1].micro_batch_size)
+    expected = climbed[-1].peak_bytes + predicted[above[0]] - predicted[last]
+    if not predicted[last]:  # nothing is known of it
+        expected = line_at(climbed, ladder[above[0]].micro_batch_size) if len(climbed) > 1 else 0
+    assert bound == (hopeless or expected > BUDGET)
 
 
 def test_a_climb_that_hung_is_not_bound_by_memory():
