@@ -1,4 +1,8 @@
-"""One Prefect test server and one trained run for the whole session."""
+"""One Prefect test server and one trained run for all tests of the flows.
+
+They end with this folder's last test: Prefect's client draws from `random` in a thread of its own, which other tests
+hold still.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -62,20 +66,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"runs": str(base / "runs"), "store": str(base / "store")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("prefect-home")
     with temporary_settings({PREFECT_HOME: home}), prefect_test_harness(server_startup_timeout=60):
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(prefect_api: None) -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(client: SyncPrefectClient, folders: dict[str, str]) -> Trained:
     from flows.train_model import train_model
 

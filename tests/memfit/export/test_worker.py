@@ -71,9 +71,8 @@ def test_the_export_keeps_to_the_plans_budget(export, tmp_path):
 
 
 def test_a_budget_that_is_too_small_names_the_phase_and_leaves_nothing_half_done(export, tmp_path):
-    with pytest.raises(
-        ChildOutOfMemoryError, match=r"within 340 MiB on cpu, ran out in phase 'graph'.*Raise plan\.budg"
-    ):
+    # The child says so itself where it is told; a library that aborts leaves the words to the parent.
+    with pytest.raises(ChildOutOfMemoryError, match=r"ran out .*in phase 'graph'.*Raise (plan\.|the )budget"):
         export(plan(budget_bytes=340 * MIB))
     assert not (tmp_path / "export").exists()
 
