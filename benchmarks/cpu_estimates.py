@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_cases import CASES, Case
-from memfit.memory.budget import process_status
+from memfit.memory.enforcement import process_status
 from memfit.memory.estimate import Estimate, estimate
 from memfit.memory.host import num_cores, processor_title
 from memfit.process import Emit, run_child

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.planner_cases import CASES, MIB, Case, add_options, stamp
 from benchmarks.planners import DEADLINE_SECONDS, Row
-from memfit.memory.budget import enforce_budget, process_status
+from memfit.memory.enforcement import enforce_budget, process_status
 from memfit.memory.plan import Candidate, evaluation_batch_size
 from memfit.memory.search import candidates, grid
 from memfit.process import Emit, run_child

@@ -29,7 +29,7 @@ import memfit
 from benchmarks.planner_cases import CASES, MIB, Case, add_options, cut, stamp
 from memfit.errors import ConfigError
 from memfit.memory import planner
-from memfit.memory.budget import enforce_budget, process_status
+from memfit.memory.enforcement import enforce_budget, process_status
 from memfit.process import Emit, Outcome, is_out_of_memory, run_child
 from memfit.step import StepLayout, TrainingProgram, TrainingStep
 

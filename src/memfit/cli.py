@@ -86,8 +86,7 @@ def run_until(
     console.print(f"run {pipeline.run.run_id} of {config.name!r} in {path}", soft_wrap=True)
     try:
         with pipeline.run.locked():
-            for step in pipeline.steps_until(last):
-                pipeline.perform(step)
+            pipeline.perform_until(last)
     except KeyboardInterrupt:  # here, as typer would turn it into an exit status of its own
         verb = "run" if last == "report" else last
         raise Resumable(f"run {pipeline.run.run_id} stopped on request. Go on with: memfit {verb} {path}") from None

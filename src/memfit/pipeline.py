@@ -22,14 +22,14 @@ from memfit.files import fingerprint, read_json, sha256_file, write_json, write_
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import is_here, read_devices
 from memfit.memory.plan import HEADROOM, Plan, Probe
-from memfit.memory.planner import check_feasible, plan_stage
+from memfit.memory.planner import check_feasible, plan_stage, planning
 from memfit.memory.request import PlanRequest
-from memfit.process import Emit, run_child
+from memfit.process import Emit, run_child, start_template
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
 from memfit.workloads.registry import WORKLOADS
 
 PACKAGE = Path(memfit.__file__).parent
-_STEP = ("step.py", "chunked_loss.py", "memory/budget.py", "memory/host.py")
+_STEP = ("step.py", "chunked_loss.py", "memory/enforcement.py", "memory/host.py")
 CODE = {
     "data": ("data",),
     "plan": ("step.py", "chunked_loss.py", "process.py", "memory", "models", "workloads", "training"),
@@ -77,6 +77,15 @@ class Pipeline:
             self.check_trainable()
         index = max(i for i, step in enumerate(self.steps) if step.split(":")[0] == last)
         return self.steps[: index + 1]
+
+    def perform_until(self, last: str) -> None:
+        """Perform all steps up to one, as `steps_until` names them."""
+        steps = self.steps_until(last)
+        with planning(self.config.plan.device):  # from the first look, before data is prepared, to the last plan
+            for step in steps[: self.steps.index("plan") + 1]:
+                self.perform(step)
+        for step in steps[self.steps.index("plan") + 1 :]:
+            self.perform(step)
 
     @property
     def _only_predicts(self) -> bool:
@@ -156,6 +165,7 @@ class Pipeline:
         Raises: DoesNotFitError.
         """
         with tempfile.TemporaryDirectory(prefix="memfit-outline-") as folder:
+            start_template(self._log("plan"))
             outline_series(self._series, Path(folder) / "data")
             different = {self._weight(stage): stage for stage in self.config.stages}.values()
             failure: DoesNotFitError | None = None
@@ -242,7 +252,8 @@ class Pipeline:
             return
         started = time.perf_counter()
         self.run.note("plan", digest, "running")
-        plans, reused = self._first_variant_that_fits()
+        with planning(self.config.plan.device):
+            plans, reused = self._first_variant_that_fits()
         write_json(self.run.path / "plan.json", {"schema": 1, "stages": [plan.to_dict() for plan in plans]})
         status = "reused" if all(reused) else "ran"
         origin = "the store" if all(reused) else None

@@ -1,7 +1,8 @@
 """Child processes that die with their parent, speak JSON lines, and never outlive a deadline.
 
-A child is started as `python -m memfit.process`; the parent sends the job on its standard input and reads events from
-a pipe of their own, so that whatever the child's libraries print goes to a log file and disturbs nothing.
+A child is started as `python -m memfit.process`, or forked from a template that has imported its libraries already; the
+parent sends it the job and reads events from a pipe of their own, so that whatever the child's libraries print goes to
+a log file and disturbs nothing.
 """
 
 import contextlib
@@ -12,24 +13,27 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memfit import errors
+from memfit import errors, template
+from memfit.template import Forked
 
 Emit = Callable[[dict[str, Any]], None]
+Child = subprocess.Popen[bytes] | Forked
 _PR_SET_PDEATHSIG = 1
-_EVENTS_VARIABLE = "MEMFIT_EVENTS_FD"
 # Idle OpenMP threads that spin take the cores from whoever else computes on them: on two busy cores, small layers ran
 # 20 to 50 times slower than with threads that sleep.
 _CHILD_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
+_COMMAND = (sys.executable, "-m", "memfit.process")
 _stop = threading.Event()
 
 
@@ -92,11 +96,11 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
     report, closed = _Report(), False
+    job = {"target": target, "payload": payload}
     with log.open("ab") as log_file:
-        child = _spawn(writer, log_file)
+        child = _start(job, writer, log_file.fileno())
         try:
             os.close(writer)
-            _send(child, {"target": target, "payload": payload, "parent": os.getpid()})
             closed = _listen(child, reader, report, on_event, deadline_seconds)
         finally:
             _end(child, lambda: closed or _stop_and_listen(child, reader, report, on_event, grace_seconds))
@@ -106,27 +110,41 @@ def run_child(
     return outcome
 
 
-def _spawn(writer: int, log_file: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "memfit.process"],
+def start_template(log: Path) -> None:
+    """Start this thread's template of children now, if there is one, while the caller gets ready to use it."""
+    if (shared := template.current()) is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as log_file:
+            shared.start([*_COMMAND, "template"], _environment(), log_file.fileno())
+
+
+def _environment() -> dict[str, str]:
+    return {**_CHILD_DEFAULTS, **os.environ}
+
+
+def _start(job: dict[str, Any], events: int, log: int) -> Child:
+    if (shared := template.current()) is not None:
+        shared.start([*_COMMAND, "template"], _environment(), log)
+        told = json.dumps({**job, "environment": _environment(), "directory": str(Path.cwd())}).encode()
+        return shared.fork(told, events, log)
+    child = subprocess.Popen(
+        [*_COMMAND, "child", str(events)],
         stdin=subprocess.PIPE,
-        stdout=log_file,
-        stderr=log_file,
-        pass_fds=[writer],
+        stdout=log,
+        stderr=log,
+        pass_fds=[events],
         start_new_session=True,
-        env={**_CHILD_DEFAULTS, **os.environ, _EVENTS_VARIABLE: str(writer)},
+        env=_environment(),
     )
-
-
-def _send(child: subprocess.Popen[bytes], job: dict[str, Any]) -> None:
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once; its exit status says how
-        child.stdin.write(json.dumps(job).encode())
+        child.stdin.write(json.dumps({**job, "parent": os.getpid()}).encode())
         child.stdin.close()
+    return child
 
 
 def _listen(
-    child: subprocess.Popen[bytes],
+    child: Child,
     reader: int,
     report: _Report,
     on_event: Emit | None,
@@ -160,14 +178,12 @@ def _receive(reader: int, report: _Report, on_event: Emit | None) -> bool:
     return bool(chunk)
 
 
-def _stop_and_listen(
-    child: subprocess.Popen[bytes], reader: int, report: _Report, on_event: Emit | None, grace_seconds: float
-) -> bool:
+def _stop_and_listen(child: Child, reader: int, report: _Report, on_event: Emit | None, grace_seconds: float) -> bool:
     child.terminate()
     return _listen(child, reader, report, on_event, grace_seconds)
 
 
-def _end(child: subprocess.Popen[bytes], is_leaving: Callable[[], bool]) -> None:
+def _end(child: Child, is_leaving: Callable[[], bool]) -> None:
     """Make sure that the child and everything it started is gone, even if a second interrupt comes meanwhile."""
     try:
         if is_leaving():
@@ -181,7 +197,7 @@ def _end(child: subprocess.Popen[bytes], is_leaving: Callable[[], bool]) -> None
         child.wait()
 
 
-def _outcome(returncode: int, report: _Report, timed_out: bool, deadline_seconds: float | None, log: Path) -> Outcome:
+def _outcome(returncode: Any, report: _Report, timed_out: bool, deadline_seconds: float | None, log: Path) -> Outcome:
     if timed_out:
         return Outcome("timeout", message=f"no result within {deadline_seconds:.0f} s", phase=report.phase)
     if report.outcome is not None:
@@ -228,9 +244,9 @@ def die_with_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _events() -> Iterator[Emit]:
-    with os.fdopen(int(os.environ.pop(_EVENTS_VARIABLE)), "w", buffering=1, encoding="utf-8") as pipe:
-        yield lambda event: print(json.dumps(event), file=pipe, flush=True)
+def _events(pipe: int) -> Iterator[Emit]:
+    with os.fdopen(pipe, "w", buffering=1, encoding="utf-8") as stream:
+        yield lambda event: print(json.dumps(event), file=stream, flush=True)
 
 
 def _request_stop(_signal: int, _frame: Any) -> None:
@@ -256,22 +272,43 @@ def _perform(target: str, payload: dict[str, Any], emit: Emit) -> Outcome:
         return Outcome(status, message=f"{type(error).__name__}: {error}"[:2000], error=type(error).__name__)
 
 
-def main() -> int:
-    """Be the child: read the job, run it, report the outcome."""
-    job = json.load(sys.stdin)
+def _be_child(job: dict[str, Any], events: int) -> int:
+    """Run the job, report the outcome, and return the exit status."""
     die_with_parent(job["parent"])
     signal.signal(signal.SIGTERM, _request_stop)
     signal.signal(signal.SIGINT, _request_stop)
-    with _events() as emit:
+    with _events(events) as emit:
         outcome = _perform(job["target"], job["payload"], emit)
         fields = {key: value for key, value in vars(outcome).items() if key not in ("log", "seconds")}
         emit({"event": "outcome", "outcome": fields})
     return 0 if outcome.status == "ok" else 1
 
 
+def _be_template(connection: int, modules: Sequence[str]) -> int:
+    die_with_parent(os.getppid())
+    own = os.getpid()
+
+    def work(job: bytes, events: int) -> int:
+        told = json.loads(job)
+        os.environ.clear()
+        os.environ.update(told["environment"])
+        os.chdir(told["directory"])
+        return _be_child({**told, "parent": own}, events)
+
+    with socket.socket(fileno=connection) as parent:
+        return template.serve(parent, modules, work)
+
+
+def main(role: str, number: str, *modules: str) -> int:
+    """Be a child, with its job on the standard input, or the template of children; `number`: the file to the parent."""
+    if role == "template":
+        return _be_template(int(number), modules)
+    return _be_child(json.load(sys.stdin), int(number))
+
+
 if __name__ == "__main__":
     # Run the module's one importable instance, not this `__main__` copy: both would hold a stop flag of their own.
-    status = importlib.import_module("memfit.process").main()
+    status = importlib.import_module("memfit.process").main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # all is said and written: taking the interpreter apart would cost a second

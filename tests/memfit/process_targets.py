@@ -1,13 +1,17 @@
 """What the children of test_process.py run; copied to where they can import it."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from memfit import errors
 from memfit.process import stop_requested
+
+_calls = []
 
 
 def echo(payload, emit):
@@ -73,3 +77,34 @@ def hold_the_pipe(payload, emit):
         time.sleep(60)
         os._exit(0)
     return "done"
+
+
+def look(payload, emit):
+    """Say what this process is like."""
+    imported = payload["module"] in sys.modules
+    _calls.append(1)
+    return {
+        "imported": imported,
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "calls": len(_calls),
+        "later": os.environ.get("MEMFIT_LATER"),
+        "directory": str(Path.cwd()),
+        "random": random.random(),
+    }
+
+
+def small_step(payload, emit):
+    """Train a little, and report resident bytes before and after."""
+    import torch._dynamo
+
+    import memfit.memory.probe  # noqa: F401
+    from memfit.memory.enforcement import process_status
+
+    start = process_status()["VmRSS"]
+    model = torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(torch.randn(64, 256)).square().mean().backward()
+        optimizer.step()
+    return {"start": start, "end": process_status()["VmHWM"]}

@@ -16,7 +16,7 @@ import memfit
 from memfit import chunked_loss
 from memfit.chunked_loss import chunking, linear_cross_entropy, reset_used, used
 from memfit.errors import ConfigError
-from memfit.memory.budget import process_status
+from memfit.memory.enforcement import process_status
 from memfit.memory.estimate import estimate
 from memfit.process import run_child
 from memfit.step import TrainingProgram

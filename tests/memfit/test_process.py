@@ -7,17 +7,27 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from memfit import errors, process
 from memfit.process import is_out_of_memory, run_child
+from memfit.template import preloaded
+
+
+@pytest.fixture(params=["spawned", "forked"])
+def start(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
-def targets(importable):
-    return importable(Path(__file__).with_name("process_targets.py"))
+def targets(importable, start):
+    """Every test of children is run twice: with some that are started afresh, and with some that a template forks."""
+    name = importable(Path(__file__).with_name("process_targets.py"))
+    with preloaded("json") if start == "forked" else nullcontext():
+        yield name
 
 
 @pytest.fixture
@@ -197,15 +207,18 @@ def test_a_second_interrupt_during_the_grace_still_ends_the_child(log):
 
 PARENT = """
 import json, sys
+from contextlib import nullcontext
 from pathlib import Path
 from memfit.process import run_child
+from memfit.template import preloaded
 show = lambda event: print(json.dumps(event["pids"]), flush=True)
-run_child("process_targets:deaf", {}, log=Path(sys.argv[1]), on_event=show)
+with preloaded("json") if sys.argv[2] == "forked" else nullcontext():
+    run_child("process_targets:deaf", {}, log=Path(sys.argv[1]), on_event=show)
 """
 
 
-def test_a_child_dies_with_a_parent_that_was_killed(log):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(log)], stdout=subprocess.PIPE)
+def test_a_child_dies_with_a_parent_that_was_killed(log, start):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(log), start], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     child, grandchild = json.loads(parent.stdout.readline())
     parent.kill()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from memfit.files import atomic_path, write_json
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.training.checkpoint import load_checkpoint
@@ -27,8 +27,8 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
     cure = f"Raise plan.budget; the trained weights in {job['weights']} are intact."
-    phases = budget.Phases("evaluate", emit)
-    with budget.within_budget(plan.budget_bytes, plan.device, phases, cure):
+    phases = enforcement.Phases("evaluate", emit)
+    with enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure):
         phases("evaluate")
         return _evaluate(job, plan, workload)
 

@@ -7,7 +7,7 @@ import torch
 
 from memfit.export.bundle import export_bundle
 from memfit.export.signature import Signature
-from memfit.memory import budget
+from memfit.memory import budget, enforcement
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.training.checkpoint import load_checkpoint
@@ -24,9 +24,9 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
-    phases = budget.Phases("export", emit)
+    phases = enforcement.Phases("export", emit)
     cap, cure = _cap(plan, job["weights"])
-    with budget.within_budget(cap, "cpu", phases, cure):
+    with enforcement.within_budget(cap, "cpu", phases, cure):
         return _export(job, plan, workload, phases)
 
 
@@ -35,11 +35,11 @@ def _cap(plan: Plan, weights: str) -> tuple[int, str]:
     intact = f"the trained weights in {weights} are intact."
     if torch.device(plan.device).type == "cpu":
         return plan.budget_bytes, f"Raise plan.budget, or export a smaller variant; {intact}"
-    free = budget.resolve_budget("auto", "cpu") + budget.now_bytes("cpu")
+    free = budget.resolve_budget("auto", "cpu") + enforcement.now_bytes("cpu")
     return free, f"End what else runs on this host, and run it again; {intact}"
 
 
-def _export(job: dict[str, Any], plan: Plan, workload: Workload, phases: budget.Phases) -> dict[str, Any]:
+def _export(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases) -> dict[str, Any]:
     phases("export")
     model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
     model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from memfit.errors import MemfitError
-from memfit.memory import budget
+from memfit.memory import budget, enforcement
 from memfit.memory.explain import JOB_VARIABLE
 from memfit.memory.held import Tracker, failed_device, full_forward, lift_limit, lifted_limit, requested_bytes
 from memfit.process import die_with_parent, is_out_of_memory
@@ -55,7 +55,7 @@ class _Script:
         if text is None:
             return
         self._limit = budget.resolve_budget(text, self._device)
-        self._left_out = budget.enforce_budget(self._limit, self._device)
+        self._left_out = enforcement.enforce_budget(self._limit, self._device)
         self._emit("limits", {"budget_bytes": self._limit})
 
     def _around(self, device: str) -> dict[str, Any]:
@@ -66,11 +66,11 @@ class _Script:
         kind = torch.device(device).type
         limit = self._limit if kind == torch.device(self._device).type else None
         if kind == "cpu":
-            status = budget.process_status()
+            status = enforcement.process_status()
             process = status["VmRSS"] if limit is None else status["VmData"] + self._left_out
             capacity = limit or budget.device_memory("cpu").free_bytes + status["VmRSS"]
         else:
-            process = budget.now_bytes(device)
+            process = enforcement.now_bytes(device)
             free, total = torch.cuda.mem_get_info(device)
             capacity = process + free if limit is None else limit - max(total - free - process, 0)
         call = self._tracker.call

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memfit import chunked_loss
-from memfit.memory.budget import host_bytes
 from memfit.memory.devices import Device
+from memfit.memory.enforcement import host_bytes
 from memfit.memory.estimate import CATEGORIES, from_trace
 from memfit.memory.operators import Operators
 from memfit.memory.plan import Candidate, Probe

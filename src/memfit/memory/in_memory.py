@@ -10,7 +10,7 @@ from memfit.files import fingerprint
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import find_device, is_here, read_devices
 from memfit.memory.plan import Plan
-from memfit.memory.planner import plan_stage
+from memfit.memory.planner import plan_stage, planning
 from memfit.memory.request import OnProbe, PlanRequest
 from memfit.process import run_child
 from memfit.step import CHECKPOINTINGS, PRECISIONS, TrainingProgram
@@ -78,7 +78,8 @@ def plan(
             check=program.loss is not None,
             log=log,
         )
-        return _first_variant_that_fits(request, wanted, on_probe)
+        with planning(device):
+            return _first_variant_that_fits(request, wanted, on_probe)
 
 
 def _first_variant_that_fits(request: PlanRequest, variants: Sequence[str], on_probe: OnProbe) -> Plan:

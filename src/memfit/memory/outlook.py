@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memfit.memory.budget import now_bytes
 from memfit.memory.devices import find_device, read_devices
+from memfit.memory.enforcement import now_bytes
 from memfit.memory.forecast import Forecast, Prediction
 from memfit.memory.plan import EVALUATION_FACTOR, HEADROOM, Candidate, Probe
 from memfit.memory.search import HOPELESS, grid, mildest, ranking, savings

@@ -1,6 +1,7 @@
 """The parent's side of planning: which ladders are climbed in children, and which plan is confirmed."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,9 +12,19 @@ from memfit.memory.plan import HEADROOM, Candidate, Plan, Probe
 from memfit.memory.request import OnProbe, PlanRequest, Search
 from memfit.memory.search import candidates, confirm, memory_bound, savings, worth_recomputing
 from memfit.process import run_child
+from memfit.template import preloaded
 
 Timeline = dict[str, list[Any]]
 Found = tuple[Probe, Timeline]
+
+
+def planning(device: str) -> AbstractContextManager[None]:
+    """Let the children of all plans that are made within the block share one import of torch.
+
+    Optimizers import torch's compiler with their first step. A GPU's children import for themselves: see `preloaded`.
+    """
+    uses_gpu = device != "cpu" and is_here(device)
+    return nullcontext() if uses_gpu else preloaded("torch._dynamo", "memfit.memory.probe")
 
 
 def plan_stage(request: PlanRequest, on_probe: OnProbe = lambda _probe: None) -> Plan:
@@ -24,11 +35,12 @@ def plan_stage(request: PlanRequest, on_probe: OnProbe = lambda _probe: None) ->
     """
     search = Search(request, on_probe)
     by_forecast = request.estimate_only or not is_here(request.device)
-    for seq_len in request.seq_lens:
-        found = _found_by_forecast(search, seq_len) if by_forecast else _found_by_probes(search, seq_len)
-        if found is not None:
-            return answer(search, *found)
-    raise DoesNotFitError(does_not_fit(search))
+    with planning(request.device):
+        for seq_len in request.seq_lens:
+            found = _found_by_forecast(search, seq_len) if by_forecast else _found_by_probes(search, seq_len)
+            if found is not None:
+                return answer(search, *found)
+        raise DoesNotFitError(does_not_fit(search))
 
 
 def _found_by_probes(search: Search, seq_len: int | None) -> Found | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from memfit.errors import MemfitError
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.checks import check_loss
 from memfit.memory.forecast import Forecast, Prediction
 from memfit.memory.outlook import forecaster, hopeless, load_program, most_saving, relief
@@ -62,7 +62,7 @@ def run(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
             for probe in refused:
                 emit({"event": "probe", "probe": asdict(probe)})
             return {"timeline": {}, "relief": relief(forecast, refused)}
-    budget.enforce_budget(payload["budget_bytes"], payload["device"])
+    enforcement.enforce_budget(payload["budget_bytes"], payload["device"])
     prober = Prober(
         program,
         payload["device"],
@@ -157,12 +157,12 @@ class Prober:
         self.emit({"event": "phase", "phase": name})
 
     def _note_peak(self) -> None:
-        peak = budget.peak_bytes(self.device)
+        peak = enforcement.peak_bytes(self.device)
         if peak > self._binding[0]:
             self._binding = peak, self._at
 
     def _one(self, candidate: Candidate, model: nn.Module, optimizer: torch.optim.Optimizer, *, warm_up: bool) -> Probe:
-        budget.reset_peak(self.device)
+        enforcement.reset_peak(self.device)
         self._binding, message = (0, ""), ""
         try:
             micro_seconds, update_seconds = self._phases(candidate, model, optimizer, warm_up)
@@ -191,7 +191,7 @@ class Prober:
         """Run a step, an evaluation batch and a checkpoint write; return seconds per full global step."""
         step, batch, micro_steps = self._step(candidate, model, optimizer)
         on_host = torch.device(self.device).type == "cpu"  # where training holds the whole global batch
-        rest = budget.rest_of_batch(batch, self.device_batch_size or self.global_batch_size) if on_host else None
+        rest = enforcement.rest_of_batch(batch, self.device_batch_size or self.global_batch_size) if on_host else None
         self._phase("train_step")
         if warm_up:
             step(batch)

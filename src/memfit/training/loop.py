@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memfit.errors import ConfigError, MemfitError, Resumable
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.process import stop_requested
 from memfit.step import StepStats, TrainingStep
@@ -149,7 +149,7 @@ class StageLoop:
             step=progress.step,
             train={**train, "total": sum(train.values())},
             validation=validation,
-            memory={"now_bytes": budget.now_bytes(device), "peak_bytes": budget.peak_bytes(device)},
+            memory={"now_bytes": enforcement.now_bytes(device), "peak_bytes": enforcement.peak_bytes(device)},
             samples_per_second=rate,
             eta_seconds=(self.stage["epochs"] - progress.epoch) * epoch_samples / rate if rate else None,
             seconds=seconds,

@@ -13,15 +13,16 @@ from memfit.step import Batch, TrainingProgram
 from memfit.training.checkpoint import write_payload
 from memfit.training.optimizers import build_optimizer, freeze_all_but
 from memfit.workloads.base import Workload
-from memfit.workloads.registry import load_workload
+from memfit.workloads.registry import WORKLOADS, load_workload
 
 
 def from_job(job: Mapping[str, Any]) -> TrainingProgram:
     """Build the program of a job: {workload, data_dir, model, loss, stage}."""
-    return stage_program(load_workload(job), job["stage"])
+    known = WORKLOADS[job["workload"]]
+    return stage_program(load_workload(job), job["stage"], known.min_micro_batch_size)
 
 
-def stage_program(workload: Workload, stage: Mapping[str, Any]) -> TrainingProgram:
+def stage_program(workload: Workload, stage: Mapping[str, Any], min_micro_batch_size: int = 1) -> TrainingProgram:
     """Bind a workload and a stage's settings (train, optimizer) into a TrainingProgram."""
     return TrainingProgram(
         variants={
@@ -35,7 +36,7 @@ def stage_program(workload: Workload, stage: Mapping[str, Any]) -> TrainingProgr
         blocks=workload.blocks,
         evaluate=lambda model, batch: (workload.loss(model, batch), workload.predict(model, batch)),
         save=_save,
-        min_micro_batch_size=workload.min_micro_batch_size,
+        min_micro_batch_size=min_micro_batch_size,
     )
 
 

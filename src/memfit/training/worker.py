@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from memfit.errors import CheckpointError
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.host import check_host_memory
 from memfit.memory.plan import Plan
 from memfit.process import Emit
@@ -33,26 +33,26 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
-    phases = budget.Phases(f"train:{job['stage']['name']}", emit)
+    phases = enforcement.Phases(f"train:{job['stage']['name']}", emit)
     cure = (
         "Raise plan.budget, or lower the stage's global_batch_size; what checkpoints there are in "
         f"{job['stage_dir']} are intact."
     )
-    with budget.within_budget(plan.budget_bytes, plan.device, phases, cure):
+    with enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure):
         _check_host(workload, plan, phases.step)
         result = _train(job, plan, workload, phases)
-    return {**result, "peak_bytes": budget.peak_bytes(plan.device)}
+    return {**result, "peak_bytes": enforcement.peak_bytes(plan.device)}
 
 
 def _check_host(workload: Workload, plan: Plan, what: str) -> None:
     """Refuse a global batch that the host does not hold, before one is made. The loop makes one at a time, unpinned."""
     num_train = workload.num_samples("train")
     few = min(plan.micro_batch_size, num_train)
-    bytes_per_sample = budget.host_bytes(workload.batch("train", np.arange(few))) / few
+    bytes_per_sample = enforcement.host_bytes(workload.batch("train", np.arange(few))) / few
     check_host_memory(int(bytes_per_sample * min(plan.global_batch_size, num_train)), what=what)
 
 
-def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: budget.Phases) -> dict[str, Any]:
+def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases) -> dict[str, Any]:
     stage = job["stage"]
     phases("build")
     seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))

@@ -33,7 +33,6 @@ class Workload(Protocol):
 
     blocks: tuple[type[nn.Module], ...]
     """Module types that activation checkpointing wraps."""
-    min_micro_batch_size: int
 
     def variants(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Return model builders by name, the wanted one first."""

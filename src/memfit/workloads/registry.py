@@ -1,15 +1,28 @@
 """Workloads by name, built in a child from what the pipeline hands over."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memfit.workloads.base import Workload
-from memfit.workloads.series import SeriesWorkload
-
-WORKLOADS = {"series": SeriesWorkload}
+if TYPE_CHECKING:
+    from memfit.workloads.base import Workload
 
 
-def load_workload(job: Mapping[str, Any]) -> Workload:
+class Known(NamedTuple):
+    """What the pipeline knows of a workload without importing it, and torch with it."""
+
+    module: str
+    name: str
+    min_micro_batch_size: int = 1
+    """The fewest samples that its loss or its batch statistics make sense of."""
+
+
+WORKLOADS = {"series": Known("memfit.workloads.series", "SeriesWorkload")}
+
+
+def load_workload(job: Mapping[str, Any]) -> "Workload":
     """Build the workload of a job: its keys workload, data_dir, model and loss."""
-    return WORKLOADS[job["workload"]](Path(job["data_dir"]), job["model"], job["loss"])
+    known = WORKLOADS[job["workload"]]
+    build: Callable[..., Workload] = getattr(import_module(known.module), known.name)
+    return build(Path(job["data_dir"]), job["model"], job["loss"])

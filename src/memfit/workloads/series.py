@@ -41,7 +41,6 @@ class SeriesWorkload:
     """A prepared series, the nets of `models.multiscale` and their losses."""
 
     blocks = BLOCKS
-    min_micro_batch_size = 1
 
     def __init__(self, data_dir: Path, model: Mapping[str, Any], loss: Mapping[str, Any]) -> None:
         self.data = PreparedSeries(data_dir)

@@ -9,7 +9,7 @@ import torch
 
 from memfit.errors import CheckpointError, ChildOutOfMemoryError, DoesNotFitError
 from memfit.evaluation import evaluate
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.process import run_child
 from memfit.training.checkpoint import save_checkpoint
@@ -46,7 +46,7 @@ def plan() -> Plan:
 
 @pytest.fixture
 def job(tmp_path, prepared, tiny_model, monkeypatch):
-    monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *_: None)
     torch.manual_seed(0)
     model = SeriesWorkload(prepared, tiny_model, {}).variants()["light"]()
     save_checkpoint(tmp_path / "checkpoints", model, {}, {"step": 1}, ("best",))
@@ -131,7 +131,7 @@ def test_batches_are_of_the_planned_size(job, monkeypatch):
 
 def test_the_plans_budget_is_enforced(job, monkeypatch):
     enforced = []
-    monkeypatch.setattr(budget, "enforce_budget", lambda *given: enforced.append(given))
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *given: enforced.append(given))
     evaluate.run(job, lambda _event: None)
     assert enforced == [(2**31, "cpu")]
 

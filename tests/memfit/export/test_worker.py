@@ -5,7 +5,7 @@ import torch
 
 from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
 from memfit.export import worker
-from memfit.memory import budget
+from memfit.memory import budget, enforcement
 from memfit.memory.plan import Plan
 from memfit.process import run_child
 from memfit.training.checkpoint import save_checkpoint
@@ -86,7 +86,7 @@ def test_a_budget_below_the_libraries_is_refused_at_once(export):
 
 def test_the_budget_of_a_gpu_says_nothing_of_the_host(monkeypatch):
     monkeypatch.setattr(budget, "resolve_budget", lambda text, device: {("auto", "cpu"): 5 * 2**30}[text, device])
-    monkeypatch.setattr(budget, "now_bytes", lambda _device: 300 * MIB)
+    monkeypatch.setattr(enforcement, "now_bytes", lambda _device: 300 * MIB)
     cap, cure = worker._cap(plan(device="cuda:1", budget_bytes=700 * MIB), "best")
     assert cap == 5 * 2**30 + 300 * MIB
     assert "host" in cure

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.process import is_out_of_memory
 
 MIB = 2**20
@@ -18,7 +18,7 @@ MODELS = {
 def fill(payload, emit):
     """Take ever smaller blocks until the budget refuses them, drop them, and show that the process still works."""
     zeros = np.zeros(payload["lazy_bytes"], np.uint8)  # mapped, and touched only below
-    budget.enforce_budget(payload["budget_bytes"], "cpu")
+    enforcement.enforce_budget(payload["budget_bytes"], "cpu")
     MODELS[payload["model"]]().sum().backward()
     blocks, refused = [], None
     for size in (64 * MIB, 8 * MIB, MIB):
@@ -29,7 +29,7 @@ def fill(payload, emit):
             refused = str(error) if is_out_of_memory(error) else None
     taken = sum(block.nbytes for block in blocks)
     zeros += 1
-    peak = budget.peak_bytes("cpu")
+    peak = enforcement.peak_bytes("cpu")
     blocks.clear()
     again = float(torch.ones(64 * MIB // 4).sum())
     return {"taken": taken, "refused": refused, "again": again, "peak_bytes": peak}
@@ -38,7 +38,7 @@ def fill(payload, emit):
 def peaks(payload, emit):
     """Measure the peak with a block held, and again after a reset without it."""
     held = torch.ones(256 * MIB // 4)
-    high, now = budget.peak_bytes("cpu"), budget.now_bytes("cpu")
+    high, now = enforcement.peak_bytes("cpu"), enforcement.now_bytes("cpu")
     del held
-    budget.reset_peak("cpu")
-    return {"high": high, "now": now, "low": budget.peak_bytes("cpu")}
+    enforcement.reset_peak("cpu")
+    return {"high": high, "now": now, "low": enforcement.peak_bytes("cpu")}

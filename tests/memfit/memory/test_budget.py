@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memfit.errors import ChildOutOfMemoryError, ConfigError, DoesNotFitError, ExportError
-from memfit.memory import budget
+from memfit.memory import budget, enforcement
 from memfit.memory.budget import resolve_budget
 from memfit.memory.devices import Device
 from memfit.memory.host import Memory
@@ -116,7 +116,7 @@ def test_the_list_of_other_processes_is_empty_where_nobody_can_tell(monkeypatch,
 def test_measures_this_machine():
     memory = budget.device_memory("cpu")
     assert 0 < memory.free_bytes <= memory.total_bytes
-    assert 0 < budget.now_bytes("cpu") <= budget.peak_bytes("cpu") < memory.total_bytes
+    assert 0 < enforcement.now_bytes("cpu") <= enforcement.peak_bytes("cpu") < memory.total_bytes
 
 
 @pytest.mark.parametrize("device", ["tpu9", "mps", "meta", "cpu:x"])
@@ -172,24 +172,24 @@ def test_memory_that_a_program_has_mapped_and_will_touch_counts(tmp_path, target
 
 def test_what_the_limit_leaves_out_and_what_it_counts_make_the_budget(monkeypatch):
     limits = []
-    monkeypatch.setattr(budget.resource, "setrlimit", lambda _kind, limit: limits.append(limit[0]))
-    left_out = budget.enforce_budget(8 * GIB, "cpu")
+    monkeypatch.setattr(enforcement.resource, "setrlimit", lambda _kind, limit: limits.append(limit[0]))
+    left_out = enforcement.enforce_budget(8 * GIB, "cpu")
     assert limits == [8 * GIB - left_out]
-    budget.enforce_budget(MIB, "cpu")
+    enforcement.enforce_budget(MIB, "cpu")
     assert limits[1] == 1
 
 
 @pytest.fixture
 def unlimited(monkeypatch):
-    monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *_: None)
 
 
 def test_a_shortage_names_the_step_the_phase_and_the_cure(unlimited):
     events = []
-    phases = budget.Phases("export", events.append)
+    phases = enforcement.Phases("export", events.append)
 
     def run_out() -> None:
-        with budget.within_budget(64 * GIB, "cpu", phases, "Do this."):
+        with enforcement.within_budget(64 * GIB, "cpu", phases, "Do this."):
             phases("graph")
             raise MemoryError
 
@@ -207,7 +207,7 @@ def test_a_shortage_names_the_step_the_phase_and_the_cure(unlimited):
 def test_a_shortage_is_found_behind_what_was_raised_from_it(unlimited, cause):
     with (
         pytest.raises(ChildOutOfMemoryError, match=type(cause).__name__),
-        budget.within_budget(64 * GIB, "cpu", budget.Phases("export", print), ""),
+        enforcement.within_budget(64 * GIB, "cpu", enforcement.Phases("export", print), ""),
     ):
         raise ExportError("the trace froze a dimension") from cause
 
@@ -215,7 +215,7 @@ def test_a_shortage_is_found_behind_what_was_raised_from_it(unlimited, cause):
 def test_other_errors_pass_unchanged(unlimited):
     with (
         pytest.raises(ExportError, match="differs"),
-        budget.within_budget(64 * GIB, "cpu", budget.Phases("export", print), ""),
+        enforcement.within_budget(64 * GIB, "cpu", enforcement.Phases("export", print), ""),
     ):
         raise ExportError("differs") from ValueError("bad")
 
@@ -223,7 +223,7 @@ def test_other_errors_pass_unchanged(unlimited):
 def test_a_budget_below_what_the_process_holds_is_refused_before_any_work(unlimited):
     with (
         pytest.raises(DoesNotFitError, match=r"export: expected a budget above the .* got 1 MiB\. Raise it\."),
-        budget.within_budget(MIB, "cpu", budget.Phases("export", print), "Raise it."),
+        enforcement.within_budget(MIB, "cpu", enforcement.Phases("export", print), "Raise it."),
     ):
         pytest.fail("begun")
 
@@ -231,18 +231,18 @@ def test_a_budget_below_what_the_process_holds_is_refused_before_any_work(unlimi
 def test_a_batchs_bytes_on_the_host_are_those_of_its_own():
     base, dataset = torch.zeros(10, 4), torch.zeros(1000, 4)
     shared = {"x": base[:5], "y": [base[5:], base[:2]]}
-    assert budget.host_bytes(shared) == 160
+    assert enforcement.host_bytes(shared) == 160
     elsewhere = {"view": dataset[:10], "meta": torch.empty(9, device="meta"), "word": "x"}
-    assert budget.host_bytes(elsewhere) == 0
-    assert budget.host_bytes([shared, elsewhere, torch.zeros(3, dtype=torch.int64)]) == 160 + 24
+    assert enforcement.host_bytes(elsewhere) == 0
+    assert enforcement.host_bytes([shared, elsewhere, torch.zeros(3, dtype=torch.int64)]) == 160 + 24
 
 
 def test_the_rest_of_a_global_batch_is_really_held():
     batch = {"x": torch.zeros(6, 2**18), "y": torch.zeros(6, 4)}
-    rest = budget.rest_of_batch(batch, 64)
-    assert rest.nbytes + budget.host_bytes(batch) == 64 * (2**18 + 4) * 4
+    rest = enforcement.rest_of_batch(batch, 64)
+    assert rest.nbytes + enforcement.host_bytes(batch) == 64 * (2**18 + 4) * 4
     assert rest.sum() == rest.numel()  # written: its pages are resident
-    assert budget.rest_of_batch(batch, 6).nbytes == budget.rest_of_batch(batch, 2).nbytes == 0
+    assert enforcement.rest_of_batch(batch, 6).nbytes == enforcement.rest_of_batch(batch, 2).nbytes == 0
 
 
 def test_the_peak_can_be_reset(tmp_path, target):

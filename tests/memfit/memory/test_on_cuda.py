@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memfit
 from memfit import chunked_loss
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.plan import Candidate
 from memfit.memory.probe import Prober
 from memfit.process import is_out_of_memory, run_child
@@ -106,7 +106,7 @@ PROGRAMS = {"perceptron": perceptron, "transformer": transformer}
 def fill(payload, _emit):
     """Take blocks until the budget refuses them, drop them, and show that the process still works."""
     device = payload["device"]
-    budget.enforce_budget(payload["budget_bytes"], device)
+    enforcement.enforce_budget(payload["budget_bytes"], device)
     blocks, refused = [], ""
     for size in (64 * MIB, 2 * MIB):
         try:
@@ -114,7 +114,7 @@ def fill(payload, _emit):
                 blocks.append(torch.ones(size // 4, device=device))
         except RuntimeError as error:
             refused = str(error) if is_out_of_memory(error) else f"something else: {error}"
-    taken, peak = sum(block.nbytes for block in blocks), budget.peak_bytes(device)
+    taken, peak = sum(block.nbytes for block in blocks), enforcement.peak_bytes(device)
     blocks.clear()
     again = float(torch.ones(64 * MIB // 4, device=device).sum())
     return {"taken": taken, "refused": refused, "again": again, "peak_bytes": peak}
@@ -124,17 +124,17 @@ def peaks(payload, _emit):
     """Measure the peak with a block held, and again after a reset without it."""
     device = payload["device"]
     held = torch.ones(256 * MIB // 4, device=device)
-    high, now = budget.peak_bytes(device), budget.now_bytes(device)
+    high, now = enforcement.peak_bytes(device), enforcement.now_bytes(device)
     del held
     torch.cuda.empty_cache()
-    budget.reset_peak(device)
-    return {"high": high, "now": now, "low": budget.peak_bytes(device)}
+    enforcement.reset_peak(device)
+    return {"high": high, "now": now, "low": enforcement.peak_bytes(device)}
 
 
 def probes(payload, emit):
     """Probe a small micro-batch, and one of about 20 GiB."""
     device, limit = payload["device"], payload["budget_bytes"]
-    budget.enforce_budget(limit, device)
+    enforcement.enforce_budget(limit, device)
     prober = Prober(perceptron(), device, limit, 2**18, 1.0, emit)
     return [asdict(prober(Candidate(size, 2**18 // size))) for size in (1024, 2**17)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memfit.errors import ChildError, ConfigError, DoesNotFitError, MemfitError
-from memfit.memory import answers, budget, outlook, planner
+from memfit.memory import answers, enforcement, outlook, planner
 from memfit.memory.devices import find_device
 from memfit.memory.forecast import Forecast
 from memfit.memory.outlook import load_program
@@ -110,7 +110,7 @@ def here(monkeypatch):
     for module in (planner, answers):
         monkeypatch.setattr(module, "run_child", lambda target, *args, **how: called.append(target) or call_here(
             target, *args, **how))  # fmt: skip
-    monkeypatch.setattr(budget, "enforce_budget", lambda *_: None)
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *_: None)
     monkeypatch.syspath_prepend(str(PROGRAMS.parent))
     return called
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memfit.errors import Resumable
-from memfit.memory import budget
+from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.training import loop, worker
 
@@ -17,7 +17,7 @@ VOLATILE = ("seconds", "memory", "samples_per_second", "eta_seconds", "time")
 @pytest.fixture(autouse=True)
 def no_limits(monkeypatch):
     """A budget is enforced on a child; this process is pytest's own."""
-    monkeypatch.setattr(budget, "enforce_budget", lambda _budget_bytes, _device: None)
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda _budget_bytes, _device: None)
 
 
 def make_plan(**changes) -> Plan:

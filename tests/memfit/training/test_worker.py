@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
-from memfit.memory import budget, host
+from memfit.memory import enforcement, host
 from memfit.memory.host import Memory
 from memfit.process import run_child
 from memfit.workloads.series import SeriesWorkload
@@ -14,7 +14,7 @@ MIB = 2**20
 
 def test_the_plans_budget_is_enforced_before_anything_is_built(attempts, monkeypatch):
     enforced = []
-    monkeypatch.setattr(budget, "enforce_budget", lambda *given: enforced.append(given))
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *given: enforced.append(given))
     attempt = attempts(stage={"epochs": 1})
     attempt.run()
     assert enforced == [(2**31, "cpu")]
