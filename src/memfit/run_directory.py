@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +164,14 @@ def unfinished(runs: Path, config_text: str) -> Path | None:
 
 
 def environment() -> dict[str, Any]:
-    """Describe the machine and the libraries."""
-    import numpy as np
-    import torch
-
+    """Describe the machine and the libraries, without importing them."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        "torch": version("torch"),
+        "numpy": version("numpy"),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 
