@@ -291,14 +291,10 @@ class TrainingStep:
     def __call__(self, batch: Batch) -> StepStats:
         """Train on one global batch: forward and backward per micro-batch, then one update."""
         started, size = self._clock(), num_samples(batch)
-        micro_sizes = micro_batch_sizes(size, self.layout.accumulation_steps)
         counts, size = over_all_ranks(term_counts(self.program, batch), size, self.layout.device)
-        sums: dict[str, Tensor] = {}
-        for micro in self.program.split(batch, micro_sizes):
-            for term, value in self.accumulate(micro, counts, size).items():
-                sums[term] = sums[term] + value if term in sums else value
+        sums = self.gradients(batch, counts, size)
         if num_ranks() > 1:
-            sum_over_ranks(self._gradients())
+            sum_over_ranks(self._filled_gradients())
             sum_over_ranks(sums.values())
         accumulated = self._clock()
         norm, stepped = self.update()
@@ -311,6 +307,17 @@ class TrainingStep:
         if torch.device(self.layout.device).type == "cuda":
             torch.cuda.synchronize(self.layout.device)
         return time.perf_counter()
+
+    def gradients(self, batch: Batch, counts: Mapping[str, float] | None, size: int) -> dict[str, Tensor]:
+        """Add up the gradients of this rank's share of a global batch; return its share of each term's loss.
+
+        counts, size: of the whole global batch.
+        """
+        sums: dict[str, Tensor] = {}
+        for micro in self.program.split(batch, micro_batch_sizes(num_samples(batch), self.layout.accumulation_steps)):
+            for term, value in self.accumulate(micro, counts, size).items():
+                sums[term] = sums[term] + value if term in sums else value
+        return sums
 
     def accumulate(self, micro: Batch, counts: Mapping[str, float] | None, size: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients; return its share of each term's loss, detached."""
@@ -342,7 +349,7 @@ class TrainingStep:
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _gradients(self) -> Iterator[Tensor]:
+    def _filled_gradients(self) -> Iterator[Tensor]:
         """Yield every parameter's gradient; zeros where this rank's share made none, as another's may have."""
         for parameter in self._parameters():
             if parameter.requires_grad:

@@ -1,11 +1,15 @@
 """Run a model over a split in batches: losses, predictions and scores."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 
+from memfit.process import is_out_of_memory
+from memfit.random_state import random_states, set_random_states
+from memfit.recovery import release_memory
 from memfit.step import Batch, Layout, evaluating, map_tensors, num_samples
 from memfit.workloads.base import Arrays, Workload
 
@@ -14,6 +18,43 @@ def batches(workload: Workload, split: str, size: int) -> Iterator[Batch]:
     """Cut a split into batches, in order."""
     for start in range(0, workload.num_samples(split), size):
         yield workload.batch(split, np.arange(start, min(start + size, workload.num_samples(split))))
+
+
+def evaluate_in_pieces(
+    workload: Workload,
+    model: nn.Module,
+    split: str,
+    *,
+    batch_size: int,
+    layout: Layout,
+    on_shrink: Callable[[int, str], None],
+) -> tuple[dict[str, float], Arrays]:
+    """Do what `evaluate_split` does, from the start with half the batch where memory runs out.
+
+    on_shrink: told the new batch size and the error. Raises: the error itself where a single sample does not fit.
+    """
+    states = random_states()
+    while True:
+        try:
+            return evaluate_split(workload, model, split, batch_size=batch_size, layout=layout)
+        except Exception as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+            message = str(error)[:300] or type(error).__name__
+        batch_size //= 2  # outside the handler: a traceback pins tensors
+        set_random_states(states)
+        release_memory(layout.device)
+        on_shrink(batch_size, message)
+
+
+@contextmanager
+def _as_evaluated(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def evaluate_split(
@@ -27,9 +68,7 @@ def evaluate_split(
     counts: dict[str, float] = {}
     found: Arrays = {}
     done, size = 0, workload.num_samples(split)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with _as_evaluated(model), torch.no_grad():
         for host in batches(workload, split, batch_size):
             batch = map_tensors(lambda tensor: tensor.to(layout.device), host)
             with evaluating(layout):
@@ -43,7 +82,6 @@ def evaluate_split(
                     found[name] = np.empty((size, *part.shape[1:]), part.dtype)
                 found[name][done : done + len(part)] = part
             done += num_samples(host)
-    model.train(was_training)
     means = {term: sums[term] / counts[term] if counts[term] else 0.0 for term in sums}
     means["total"] = sum(means.values())
     return means, found

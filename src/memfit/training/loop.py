@@ -12,10 +12,11 @@ import numpy as np
 from memfit.errors import ConfigError, MemfitError, Resumable
 from memfit.memory import enforcement
 from memfit.memory.plan import Plan
-from memfit.process import stop_requested
-from memfit.step import StepStats, TrainingStep
+from memfit.process import is_out_of_memory, stop_requested
+from memfit.recovery import Change, RecoveringStep, release_memory
+from memfit.step import StepStats
 from memfit.training.checkpoint import prune, save_checkpoint
-from memfit.training.evaluate import evaluate_split
+from memfit.training.evaluate import evaluate_in_pieces
 from memfit.training.events import EventLog
 from memfit.training.optimizers import Schedule
 from memfit.training.stage import Progress, capture, sample_order
@@ -30,7 +31,7 @@ class StageLoop:
     """Trains one stage from wherever its progress stands to its end."""
 
     workload: Workload
-    step: TrainingStep
+    step: RecoveringStep
     schedule: Schedule
     progress: Progress
     events: EventLog
@@ -168,15 +169,29 @@ class StageLoop:
 
     def _validate(self) -> dict[str, float | None]:
         self.phases("evaluate")
-        losses, predictions = evaluate_split(
+        losses, predictions = evaluate_in_pieces(
             self.workload,
             self.step.model,
             "validation",
-            batch_size=self.plan.eval_batch_size,
-            layout=self.plan,
+            batch_size=self.progress.eval_batch_size or self.plan.eval_batch_size,
+            layout=self.step.layout,
+            on_shrink=self._note_smaller_evaluation,
         )
         truth = self.workload.truth("validation", np.arange(self.workload.num_samples("validation")))
         return {**losses, **self.workload.score(truth, predictions)}
+
+    def _note_smaller_evaluation(self, batch_size: int, message: str) -> None:
+        self.progress.eval_batch_size = batch_size
+        self._note("out_of_memory", "evaluate", message, eval_batch_size=batch_size)
+
+    def note_change(self, change: Change) -> None:
+        """Log that the step goes on with another layout."""
+        levers = {name: value for name, value in vars(change).items() if name not in ("reason", "phase", "message")}
+        self._note(change.reason, change.phase, change.message, **levers)
+
+    def _note(self, reason: str, phase: str, message: str, **levers: Any) -> None:
+        step = self.progress.step + 1 if phase == "train_step" else self.progress.step
+        self.events.write("layout", step=step, reason=reason, phase=phase, message=message, **levers)
 
     def _save(self, links: tuple[str, ...]) -> None:
         self.phases("save")
@@ -188,5 +203,11 @@ class StageLoop:
             links = (*links, f"epoch-{progress.epoch}")
         state = capture(self.step, self.schedule, progress)
         record = {**self.record, "step": progress.step, "epoch": progress.epoch, "batch": progress.batch}
-        save_checkpoint(self.checkpoints, self.step.model, state, record, links)
+        try:
+            save_checkpoint(self.checkpoints, self.step.model, state, record, links)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory(self.plan.device)  # what was being written is gone again: once more, with all there is
+            save_checkpoint(self.checkpoints, self.step.model, state, record, links)
         prune(self.checkpoints)

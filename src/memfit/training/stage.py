@@ -1,14 +1,13 @@
 """The state of a stage's training: everything that a resumed run must find again."""
 
 import math
-import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
-from memfit.step import TrainingStep
+from memfit.random_state import from_plain, random_states, set_random_states, to_plain
+from memfit.recovery import RecoveringStep
 from memfit.training.optimizers import Schedule
 
 
@@ -33,6 +32,8 @@ class Progress:
     """Train losses of the epoch under way, summed over samples."""
     samples: int = 0
     """Samples of the epoch under way."""
+    eval_batch_size: int = 0
+    """What evaluation came down to where memory ran out; 0: as planned."""
 
     def improves(self, value: float | None, mode: str) -> bool:
         """Tell whether a monitored value is the best so far; one that is undefined or not a number never is."""
@@ -46,44 +47,23 @@ def sample_order(num_samples: int, *, seed: int, stage: int, epoch: int) -> np.n
     return np.random.default_rng([seed, stage, epoch]).permutation(num_samples)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed every source of randomness that training may use."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries draw from the global generator)
-    torch.manual_seed(seed)
-
-
-def capture(step: TrainingStep, schedule: Schedule, progress: Progress) -> dict[str, Any]:
-    """Collect the state of optimizer, scaler, schedule, random generators and progress."""
+def capture(step: RecoveringStep, schedule: Schedule, progress: Progress) -> dict[str, Any]:
+    """Collect the state of optimizer, scaler, schedule, random generators, layout and progress."""
     return {
         "optimizer": step.optimizer.state_dict(),
         "scaler": step.scaler.state_dict(),
         "schedule": schedule.state_dict(),
         "progress": asdict(progress),
-        "random": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": list(random.getstate()[1]),
-            "numpy": _numpy_state(),
-        },
+        "random": to_plain(random_states()),
+        "layout": asdict(step.state),
     }
 
 
-def restore(state: dict[str, Any], step: TrainingStep, schedule: Schedule) -> Progress:
+def restore(state: dict[str, Any], step: RecoveringStep, schedule: Schedule) -> Progress:
     """Put a captured state back; the model's weights are the caller's to load first."""
     step.optimizer.load_state_dict(state["optimizer"])
     step.scaler.load_state_dict(state["scaler"])
     schedule.load_state_dict(state["schedule"])
-    generators = state["random"]
-    torch.set_rng_state(generators["torch"])
-    if generators["cuda"]:
-        torch.cuda.set_rng_state_all(generators["cuda"])
-    random.setstate((3, tuple(generators["python"]), None))
-    kind, keys, position, has_gauss, gauss = generators["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    step.resume(state["layout"])
+    set_random_states(from_plain(state["random"]))
     return Progress(**state["progress"])
-
-
-def _numpy_state() -> list[Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return [kind, [int(key) for key in keys], *rest]

@@ -1,6 +1,7 @@
 """The child that trains one stage: limits, seeds, model, resume, loop."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from memfit.errors import CheckpointError
+from memfit.errors import CheckpointError, DoesNotFitError
 from memfit.memory import enforcement
 from memfit.memory.host import check_host_memory
 from memfit.memory.plan import Plan
 from memfit.process import Emit
-from memfit.step import TrainingStep
+from memfit.random_state import seed_everything
+from memfit.recovery import RecoveringStep, UpdateInterruptedError, release_memory
 from memfit.training.checkpoint import load_checkpoint, newest
 from memfit.training.events import EventLog
 from memfit.training.loop import StageLoop
 from memfit.training.optimizers import Schedule
 from memfit.training.program import stage_program
-from memfit.training.stage import Progress, restore, seed_everything
+from memfit.training.stage import Progress, restore
 from memfit.workloads.base import Workload
 from memfit.workloads.registry import load_workload
 
@@ -40,7 +42,10 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     )
     with enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure):
         _check_host(workload, plan, phases.step)
-        result = _train(job, plan, workload, phases)
+        try:
+            result = _train_through(job, plan, workload, phases)
+        except DoesNotFitError as error:
+            raise DoesNotFitError(f"{phases.step}: {error} {cure}") from None
     return {**result, "peak_bytes": enforcement.peak_bytes(plan.device)}
 
 
@@ -52,7 +57,20 @@ def _check_host(workload: Workload, plan: Plan, what: str) -> None:
     check_host_memory(int(bytes_per_sample * min(plan.global_batch_size, num_train)), what=what)
 
 
-def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases) -> dict[str, Any]:
+def _train_through(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases) -> dict[str, Any]:
+    """Train; where memory ran out in an update, throw everything away and go on from the last checkpoint."""
+    shortages: list[str] = []
+    while True:
+        try:
+            return _train(job, plan, workload, phases, shortages)
+        except UpdateInterruptedError as error:
+            shortages.append(str(error))
+        release_memory(plan.device)  # outside the handler: a traceback pins the model
+
+
+def _train(
+    job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases, shortages: Sequence[str]
+) -> dict[str, Any]:
     stage = job["stage"]
     phases("build")
     seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))
@@ -61,7 +79,7 @@ def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcem
     if job["initial_weights"] is not None:
         model.load_state_dict(load_checkpoint(Path(job["initial_weights"])).weights)
     model = model.to(plan.device).train()
-    step = TrainingStep(plan, program, model, program.optimizer(model), clip=stage["clip"])
+    step = RecoveringStep(plan, program, model, program.optimizer(model), clip=stage["clip"])
     steps_per_epoch = -(-workload.num_samples("train") // plan.global_batch_size)
     schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
@@ -87,6 +105,9 @@ def _train(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcem
             {"stage": stage["name"], "fingerprint": job["fingerprint"]},
             phases,
         )
+        step.on_change = loop.note_change
+        for shortage in shortages:
+            step.shrink_update(plan.global_batch_size, shortage)
         result = _result(loop.run(), stage, loop.progress)
         events.write("stage_end", **result)
         events.sync()
@@ -105,7 +126,7 @@ def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str,
     }
 
 
-def _resume(checkpoints: Path, fingerprint: str, step: TrainingStep, schedule: Schedule) -> Progress | None:
+def _resume(checkpoints: Path, fingerprint: str, step: RecoveringStep, schedule: Schedule) -> Progress | None:
     if not checkpoints.exists():
         return None
     found = newest(checkpoints)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from memfit.training.stage import Progress, sample_order, seed_everything
+from memfit.random_state import seed_everything
+from memfit.training.stage import Progress, sample_order
 
 
 def test_the_order_of_samples_is_a_function_of_seed_stage_and_epoch_alone():

@@ -41,17 +41,19 @@ def test_a_global_batch_that_the_host_cannot_hold_is_refused_before_training(att
     assert not attempt.folder.exists()
 
 
-def test_running_out_names_the_phase_and_what_to_do(attempts, monkeypatch):
+def test_running_out_at_every_size_says_what_was_tried_and_what_to_do(attempts, monkeypatch):
     def refuse(self, model, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 bytes")
 
     monkeypatch.setattr(SeriesWorkload, "loss", refuse)
+    attempt = attempts()
     with pytest.raises(
-        ChildOutOfMemoryError,
-        match=r"train:first: expected to stay within 2048 MiB on cpu, ran out in phase 'train': OutOfMemoryError .* "
-        r"Raise plan\.budget, or lower the stage's global_batch_size; what checkpoints",
+        DoesNotFitError,
+        match=r"train:first: train_step: expected a global batch of 16 .* micro-batches of 1, checkpointing blocks: "
+        r"CUDA out of memory.* Raise plan\.budget, or lower the stage's global_batch_size; what checkpoints",
     ):
-        attempts().run()
+        attempt.run()
+    assert [event["micro_batch_size"] for event in attempt.of_kind("layout")] == [3, 1, 1]
 
 
 def test_a_real_child_is_held_to_its_budget(attempts, tmp_path):
