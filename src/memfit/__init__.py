@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from memfit.memory.estimate import Estimate, estimate
     from memfit.memory.in_memory import plan
     from memfit.memory.plan import Plan
+    from memfit.recovery import RecoveringStep
     from memfit.step import TrainingProgram, TrainingStep
 
 __version__ = "0.1.0"
 __all__ = [
-    "Device", "Estimate", "Plan", "TrainingProgram", "TrainingStep", "__version__", "estimate", "linear_cross_entropy",
-    "plan",
+    "Device", "Estimate", "Plan", "RecoveringStep", "TrainingProgram", "TrainingStep", "__version__", "estimate",
+    "linear_cross_entropy", "plan",
 ]  # fmt: skip
 
 _ROOMS = {
     "Device": "memfit.memory.devices",
     "Estimate": "memfit.memory.estimate",
     "Plan": "memfit.memory.plan",
+    "RecoveringStep": "memfit.recovery",
     "TrainingProgram": "memfit.step",
     "TrainingStep": "memfit.step",
     "estimate": "memfit.memory.estimate",

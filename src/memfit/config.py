@@ -320,6 +320,12 @@ class Stage(Part):
     """Epochs without a better monitored value before the stage ends; 0 trains all epochs."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest total gradient norm; 0 clips nothing."""
+    checkpoint_every_steps: Count = 0
+    """Write a checkpoint after every n-th optimizer step too; 0 writes none for steps."""
+    checkpoint_every_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Write one when so many minutes have passed without; 0 writes none for time. Epochs end with one anyway."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints are kept, besides `best` and every n-th epoch's."""
     checkpoint_every_epochs: Count = 0
     """Keep the checkpoint of every n-th epoch besides `last` and `best`; 0 keeps none."""
     max_steps: PositiveInt | None = None

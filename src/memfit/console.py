@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memfit.memory.plan import describe_change
+
 MIB = 2**20
 _QUIET_SECONDS = 10.0
 
@@ -93,6 +95,9 @@ class RunView:
     def _resume(self, event: dict[str, Any]) -> None:
         self.console.print(f"      resumed after step {event['step']} (epoch {event['epoch']} of {event['epochs']})")
         self._open_bar(event)
+
+    def _layout(self, event: dict[str, Any]) -> None:
+        self.console.print(f"      [yellow]{describe_change(event)}[/yellow]")
 
     def _step(self, event: dict[str, Any]) -> None:
         if self._bar is not None and self._task is not None:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from memfit.data.prepare import outline_series, prepare_series, prepared_fingerp
 from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError, DoesNotFitError, RunStateError
 from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
+from memfit.memory.answers import what_would_fit
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import is_here, read_devices
 from memfit.memory.plan import HEADROOM, Plan, Probe
@@ -235,13 +236,16 @@ class Pipeline:
 
     def _say_what_changed(self, stage: Stage, variant: str) -> None:
         """Tell why the plan of an earlier run of this name is not taken, and leave word for the next run."""
-        latest = self.store / "planned" / f"{fingerprint([self.config.name, stage.name, variant])}.json"
-        parts = self._plan_parts(stage, variant)
+        latest, parts = self._latest_plan_parts(stage, variant), self._plan_parts(stage, variant)
         before = read_json(latest) if latest.exists() else {}
         changed = [name for name, digest in parts.items() if before and before.get(name) != digest]
+        changed += ["the memory at hand"] if before.get("ran_out") else []
         if changed:
             self.on_event({"event": "replan", "stage": stage.name, "changed": changed})
         write_json(latest, parts)
+
+    def _latest_plan_parts(self, stage: Stage, variant: str) -> Path:
+        return self.store / "planned" / f"{fingerprint([self.config.name, stage.name, variant])}.json"
 
     def _plan(self) -> None:
         if is_here(self.config.plan.device):
@@ -377,10 +381,34 @@ class Pipeline:
             "fingerprint": key,
             "initial_weights": str(before) if index else None,
         }
-        self._child(f"train:{stage.name}", "memfit.training.worker:run", job)
+        try:
+            self._child(f"train:{stage.name}", "memfit.training.worker:run", job, partial(self._on_training, index))
+        except DoesNotFitError as error:
+            plan = self.plans[index]
+            if not plan.in_flight:
+                raise
+            request = self._request(stage, plan.variant or next(iter(self._variants)), plan.fingerprint)
+            raise DoesNotFitError(f"{error} {what_would_fit(request, plan)}") from None
 
-    def _child(self, step: str, target: str, job: dict[str, Any]) -> Any:
-        outcome = run_child(target, job, log=self._log(step), on_event=self.on_event)
+    def _on_training(self, index: int, event: dict[str, Any]) -> None:
+        if event["event"] == "layout":
+            self._note_in_flight(index, {key: value for key, value in event.items() if key != "event"})
+        self.on_event(event)
+
+    def _note_in_flight(self, index: int, change: dict[str, Any]) -> None:
+        """Keep a change of the layout with the run's plan; one that failed is planned anew in the next run."""
+        plans = self.plans
+        if change not in plans[index].in_flight:  # a resumed stage may come by it once more
+            plans[index] = replace(plans[index], in_flight=(*plans[index].in_flight, change))
+            write_json(self.run.path / "plan.json", {"schema": 1, "stages": [plan.to_dict() for plan in plans]})
+        if change["reason"] == "out_of_memory":
+            plan, stage = plans[index], self.config.stages[index]
+            (self.store / "plans" / f"{plan.fingerprint}.json").unlink(missing_ok=True)
+            latest = self._latest_plan_parts(stage, plan.variant or next(iter(self._variants)))
+            write_json(latest, {**(read_json(latest) if latest.exists() else {}), "ran_out": change["message"]})
+
+    def _child(self, step: str, target: str, job: dict[str, Any], on_event: Emit | None = None) -> Any:
+        outcome = run_child(target, job, log=self._log(step), on_event=on_event or self.on_event)
         return outcome.unwrap(f"step {step!r}")
 
     # evaluate, export, report

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memfit.errors import DoesNotFitError
+from memfit.process import run_child
 from memfit.recovery import MAX_SPLITS, RecoveringStep
 from memfit.step import StepLayout, TrainingProgram, TrainingStep
 
@@ -156,6 +158,29 @@ def test_a_split_run_that_is_stopped_goes_on_in_its_pieces_bit_for_bit(attempts,
     stopped.run_interrupted(5)
     assert trained(stopped) == trained(whole)
     assert stopped.of_kind("layout") == whole.of_kind("layout")
+
+
+# Under a limit of the kernel's
+
+
+@pytest.fixture
+def limited(importable, tmp_path):
+    name = importable(Path(__file__).with_name("memory_targets.py"))
+
+    def train(extra_mib: int, accumulation_steps: int) -> dict:
+        payload = {"extra_bytes": extra_mib * MIB, "accumulation_steps": accumulation_steps}
+        return run_child(f"{name}:train", payload, log=tmp_path / "log").unwrap("training")
+
+    return train
+
+
+def test_a_step_beyond_a_real_limit_ends_as_one_that_was_planned_smaller(limited):
+    """A layer's activations are 48 MiB at the whole batch, and the limit leaves about as much."""
+    faulted = limited(64, 1)
+    assert faulted["changes"]
+    planned = limited(0, -(-24_576 // faulted["changes"][-1]))
+    assert not planned["changes"]
+    assert faulted["losses"] == pytest.approx(planned["losses"], rel=1e-6)
 
 
 # The step by itself

@@ -133,6 +133,35 @@ def test_a_change_in_the_second_stage_keeps_the_first(reopen, finished_run):
     assert (changed.run.path / weights).read_bytes() == (finished_run.path / weights).read_bytes()
 
 
+def test_a_layout_that_changed_in_flight_is_kept_with_the_plan_and_planned_anew_next_time(
+    reopen, monkeypatch, finished_run
+):
+    events = []
+    run = reopen(on_event=events.append)
+    perform_until(run, "plan")
+    before, key = run.plans, run._train_key(0)
+    stored = finished_run.store / "plans" / f"{before[0].fingerprint}.json"
+    saved = stored.read_bytes()
+    change = {
+        "event": "layout", "step": 7, "reason": "out_of_memory", "phase": "train_step", "message": "can't allocate",
+        "micro_batch_size": 4, "accumulation_steps": 4, "checkpointing": "none",
+    }  # fmt: skip
+    for _ in range(2):  # a resumed stage says it again
+        run._on_training(0, change)
+    assert run._train_key(0) == key
+    (kept,) = run.plans[0].in_flight
+    assert kept == {name: value for name, value in change.items() if name != "event"}
+    assert "step 7, memory ran out in train_step; goes on with 4 micro-batches of at most 4" in run.plans[0].explain()
+    assert run.plans[1] == before[1]
+    assert not stored.exists()
+    again = reopen(on_event=events.append)
+    monkeypatch.setattr(pipelines, "plan_stage", lambda *_: before[0])
+    perform_until(again, "plan")
+    replanned = [event for event in events if event["event"] == "replan"]
+    assert [(event["stage"], event["changed"]) for event in replanned] == [("first", ["the memory at hand"])]
+    assert Plan.from_dict(json.loads(stored.read_bytes())) == Plan.from_dict(json.loads(saved))
+
+
 def trains(pipeline: Pipeline, step: str, monkeypatch) -> bool:
     """Tell whether a training step would start a child."""
 

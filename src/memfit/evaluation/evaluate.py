@@ -11,7 +11,7 @@ from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.training.checkpoint import load_checkpoint
-from memfit.training.evaluate import evaluate_split
+from memfit.training.evaluate import evaluate_in_pieces
 from memfit.workloads.base import Arrays, Workload
 from memfit.workloads.registry import load_workload
 
@@ -30,14 +30,21 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     phases = enforcement.Phases("evaluate", emit)
     with enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure):
         phases("evaluate")
-        return _evaluate(job, plan, workload)
+        return _evaluate(job, plan, workload, emit)
 
 
-def _evaluate(job: dict[str, Any], plan: Plan, workload: Workload) -> dict[str, Any]:
+def _evaluate(job: dict[str, Any], plan: Plan, workload: Workload, emit: Emit) -> dict[str, Any]:
     model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
     model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)
     model = model.to(plan.device).eval()
-    losses, predictions = evaluate_split(workload, model, SPLIT, batch_size=plan.eval_batch_size, layout=plan)
+
+    def on_shrink(batch_size: int, message: str) -> None:
+        shortage = {"reason": "out_of_memory", "phase": "evaluate", "message": message}
+        emit({"event": "layout", **shortage, "eval_batch_size": batch_size})
+
+    losses, predictions = evaluate_in_pieces(
+        workload, model, SPLIT, batch_size=plan.eval_batch_size, layout=plan, on_shrink=on_shrink
+    )
     truth = workload.truth(SPLIT, np.arange(workload.num_samples(SPLIT)))
     evaluation = {
         "schema": 1,

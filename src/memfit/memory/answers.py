@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from memfit.memory.plan import HEADROOM, Candidate, Plan, Probe, evaluation_batch_size
-from memfit.memory.request import Search
+from memfit.memory.request import PlanRequest, Search
 from memfit.memory.search import mildest, ranking
 from memfit.process import run_child
 
@@ -103,6 +103,15 @@ def does_not_fit(search: Search) -> str:
         f"{smallest.micro_batch_size}, {smallest.precision}, checkpointing {smallest.checkpointing}, variant "
         f"{smallest.variant}, {got}. {_relief(search, smallest, limit)}"
     )
+
+
+def what_would_fit(request: PlanRequest, plan: Plan) -> str:
+    """Advise on a plan that ran out of memory at every layout that training could change it to."""
+    levers = [change for change in plan.in_flight if "micro_batch_size" in change]
+    names = ("micro_batch_size", "accumulation_steps", "checkpointing")
+    reached = {name: levers[-1][name] if levers else getattr(plan, name) for name in names}
+    smallest = Probe(**reached, precision=plan.precision, variant=plan.variant, outcome="oom")
+    return _relief(Search(request), smallest, request.budget_bytes * (1 - HEADROOM))
 
 
 def _relief(search: Search, smallest: Probe, limit: float) -> str:

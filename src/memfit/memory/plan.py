@@ -121,6 +121,8 @@ class Plan:
     upper_peak_bytes: int | None = None
     timeline: dict[str, list[Any]] = field(default_factory=dict)
     """Predicted live memory over one step: "phase" and, by category, MiB at each moment; empty if not simulated."""
+    in_flight: tuple[dict[str, Any], ...] = ()
+    """What training changed of the layout, in order: step, reason, phase, message, and the levers as they are since."""
 
     def explain(self) -> str:
         """Say in words what was chosen, why, and what else was considered."""
@@ -136,6 +138,7 @@ class Plan:
             + f" on {self.device}: {(peak or 0) / MIB:,.0f} MiB of {self.budget_bytes / MIB:,.0f} MiB ({held}).",
             self.reason,
             *(f"Lever {lever['name']} = {lever['value']} ({lever['class']})." for lever in self.levers),
+            *(f"In flight: {describe_change(change)}." for change in self.in_flight),
             "Considered:",
             *(f"  {describe(probe)}" for probe in self.probes),
         ]
@@ -153,7 +156,25 @@ class Plan:
             odd = sorted(set(document) ^ known)
             raise RunStateError(f"plan: expected the keys of this memfit version, differing in {odd}. Plan again.")
         probes = tuple(Probe(**probe) for probe in document["probes"])
-        return cls(**{**document, "probes": probes, "levers": tuple(document["levers"])})
+        lists = {name: tuple(document[name]) for name in ("levers", "in_flight")}
+        return cls(**{**document, **lists, "probes": probes})
+
+
+def describe_change(change: Mapping[str, Any]) -> str:
+    """Write a change of the layout in flight as one line."""
+    if change["reason"] == "grown":
+        why = f"{change['message']}: the former size is tried once more"
+    elif change["reason"] == "allocator_retries":
+        why = change["message"]
+    else:
+        why = f"memory ran out in {change['phase']}"
+    where = f"step {change['step']}, {why}" if "step" in change else why
+    if "eval_batch_size" in change:
+        return f"{where}; evaluation goes on with batches of {change['eval_batch_size']}"
+    return (
+        f"{where}; goes on with {change['accumulation_steps']} micro-batches of at most "
+        f"{change['micro_batch_size']}, checkpointing {change['checkpointing']}"
+    )
 
 
 def describe(probe: Probe) -> str:

@@ -80,12 +80,19 @@ def point(link: Path, target: str) -> None:
     fsync_directory(link.parent)
 
 
-def prune(checkpoints: Path) -> None:
-    """Remove the steps that no link points at, and what a killed write left behind."""
+def prune(checkpoints: Path, newest: int = 1) -> None:
+    """Remove the steps that are neither among the newest nor what a link points at, and what a killed write left."""
     kept = {link.resolve().name for link in checkpoints.iterdir() if link.is_symlink()}
+    kept |= {folder.name for folder in _by_age(checkpoints)[:newest]}
     for folder in (*checkpoints.glob("step-*"), *checkpoints.glob(".step-*.tmp")):
         if folder.name not in kept:
             shutil.rmtree(folder)
+
+
+def _by_age(checkpoints: Path) -> list[Path]:
+    """List the steps, the newest first."""
+    steps = [folder for folder in checkpoints.glob("step-*") if folder.name[5:].isdigit()]
+    return sorted(steps, key=lambda folder: int(folder.name[5:]), reverse=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -110,8 +117,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def newest(checkpoints: Path) -> Checkpoint | None:
     """Read the newest usable checkpoint; unusable ones are passed over with a warning."""
-    steps = [folder for folder in checkpoints.glob("step-*") if folder.name[5:].isdigit()]
-    for folder in sorted(steps, key=lambda folder: int(folder.name[5:]), reverse=True):
+    for folder in _by_age(checkpoints):
         try:
             return load_checkpoint(folder)
         except CheckpointError as error:

@@ -37,7 +37,7 @@ class StageLoop:
     events: EventLog
     plan: Plan
     stage: Mapping[str, Any]
-    """The stage's settings: epochs, monitor, monitor_mode, patience, checkpoint_every_epochs, max_steps."""
+    """The stage's settings: epochs, monitor, patience, checkpoint_every_*, keep_checkpoints, max_steps and more."""
     stage_index: int
     seed: int
     checkpoints: Path
@@ -52,7 +52,8 @@ class StageLoop:
 
         Raises: Resumable after a requested stop, a checkpoint written.
         """
-        self._started = time.perf_counter() - self.progress.seconds
+        self._saved = time.perf_counter()
+        self._started = self._saved - self.progress.seconds
         while (reason := self._finished()) is None:
             self._epoch()
         self.progress.seconds = time.perf_counter() - self._started
@@ -84,8 +85,16 @@ class StageLoop:
             self._train(chosen)
             if stop_requested():
                 self._stop()
+            if self._checkpoint_is_due():
+                self._save(("last",))
+                self.phases("train")
         trained = time.perf_counter() - started
         self._close_epoch(trained, (self.progress.samples - before) / trained, len(order))
+
+    def _checkpoint_is_due(self) -> bool:
+        steps, minutes = self.stage["checkpoint_every_steps"], self.stage["checkpoint_every_minutes"]
+        by_steps = bool(steps) and self.progress.step % steps == 0
+        return by_steps or (bool(minutes) and time.perf_counter() - self._saved >= 60 * minutes)
 
     def _train(self, indices: np.ndarray) -> None:
         stats = self.step(self.workload.batch("train", indices))
@@ -210,4 +219,5 @@ class StageLoop:
                 raise
             release_memory(self.plan.device)  # what was being written is gone again: once more, with all there is
             save_checkpoint(self.checkpoints, self.step.model, state, record, links)
-        prune(self.checkpoints)
+        prune(self.checkpoints, self.stage["keep_checkpoints"])
+        self._saved = time.perf_counter()

@@ -65,6 +65,21 @@ def test_a_plan_that_was_not_run_and_a_lossy_lever_are_said_aloud(run_dir, edit_
     assert "1.00 GiB · 50 %" in text
 
 
+def test_a_layout_that_changed_in_flight_is_said_aloud(run_dir, edit_json, page_of, fast_plots):
+    change = {
+        "step": 7, "reason": "out_of_memory", "phase": "train_step", "message": "can't allocate",
+        "micro_batch_size": 4, "accumulation_steps": 4, "checkpointing": "none",
+    }  # fmt: skip
+
+    def add(document):
+        document["stages"][0]["in_flight"] = [change, {"of": "another version"}]
+
+    edit_json(run_dir / "plan.json", add)
+    text = page_of(run_dir).texts["plan"]
+    assert "In flight: step 7, memory ran out in train_step; goes on with 4 micro-batches of at most 4" in text
+    assert "In flight: the layout changed." in text
+
+
 def test_many_tries_are_folded_away(run_dir, edit_json, page_of, fast_plots):
     edit_json(run_dir / "plan.json", lambda it: it["stages"][0].update(probes=it["stages"][0]["probes"] * 5))
     assert "All 25 tries" in page_of(run_dir).texts["plan"]

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from memfit.errors import ConfigError, MemfitError
+from memfit.training import loop
 
 
 def test_writes_every_step_every_epoch_and_the_end(attempts):
@@ -164,3 +165,45 @@ def test_an_undefined_monitor_never_is_best_and_last_stands_in(attempts, monkeyp
     result = stage.run()
     assert (result["best_epoch"], result["best_value"]) == (0, None)
     assert (stage.checkpoints / "best").readlink() == (stage.checkpoints / "last").readlink()
+
+
+def test_checkpoints_by_steps_lie_inside_epochs_and_change_nothing(attempts):
+    plain, often = attempts("plain"), attempts("often", stage={"checkpoint_every_steps": 4, "keep_checkpoints": 3})
+    plain.run()
+    often.run()
+    assert often.weights("last") == plain.weights("last")
+    assert often.events() == plain.events()
+    kept = {int(folder.name[5:]) for folder in often.checkpoints.glob("step-*")}
+    assert {24, 28, 30} <= kept
+    assert len(kept - {24, 28, 30}) <= 1  # the best one, if it is none of them
+
+
+def test_checkpoints_by_time_are_written_when_it_has_passed(attempts, monkeypatch):
+    written = []
+    original = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *given: written.append(given[3]["step"]) or original(*given))
+    attempts(stage={"epochs": 1, "checkpoint_every_minutes": 1e-9}).run()
+    assert written == [*range(1, 11), 10]
+
+
+def test_a_kill_between_epochs_loses_no_more_than_the_steps_since_the_last_checkpoint(attempts, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    stage = {"checkpoint_every_steps": 3, "keep_checkpoints": 2}
+    whole, killed = attempts("whole", stage=dict(stage)), attempts("killed", stage=dict(stage))
+    whole.run()
+    calls = itertools.count(1)
+
+    def kill() -> bool:
+        if next(calls) == 17:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        killed.run(ask=kill)
+    killed.run()
+    (resumed,) = [event for event in killed.emitted if event["event"] == "resume"]
+    assert resumed["step"] == 15
+    assert killed.weights("last") == whole.weights("last")
+    assert killed.events() == whole.events()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from memfit.memory.plan import describe_change
 from memfit.report.blocks import (
     Block,
     Cell,
@@ -58,6 +59,7 @@ def _stage(stage: dict[str, Any], number: int) -> list[Block]:
         blocks.append(Note(f"Chosen and verified: {stage.get('reason') or 'no reason recorded'}", "good"))
     else:
         blocks.append(Note(f"An estimate, not yet run: {stage.get('reason') or 'no reason recorded'}", "warn"))
+    blocks += [Note(f"In flight: {_change(change)}.", "warn") for change in objects(stage.get("in_flight"))]
     blocks += [_facts(stage), _levers(stage)]
     drawn = timeline_figure(f"timeline-{number}", stage)
     if drawn is not None:
@@ -67,6 +69,13 @@ def _stage(stage: dict[str, Any], number: int) -> list[Block]:
         summary = f"All {len(probes)} tries" if len(probes) > 1 else "The one try"
         blocks.append(Details(summary, (table,)) if len(probes) > 20 else table)
     return blocks
+
+
+def _change(change: dict[str, Any]) -> str:
+    try:
+        return describe_change(change)
+    except (KeyError, TypeError):  # of another version
+        return "the layout changed"
 
 
 def _layout_sentence(stage: dict[str, Any]) -> str:
