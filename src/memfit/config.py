@@ -402,6 +402,8 @@ class RunConfig(Part):
     """How it may fit into memory."""
     export: Export = Export()
     """The ONNX bundle."""
+    hang_minutes: Annotated[float, Field(ge=0)] = 30.0
+    """A training child that says nothing for so long is ended, and goes on from its checkpoint; 0 waits for ever."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

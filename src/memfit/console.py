@@ -96,6 +96,11 @@ class RunView:
         self.console.print(f"      resumed after step {event['step']} (epoch {event['epoch']} of {event['epochs']})")
         self._open_bar(event)
 
+    def _restart(self, event: dict[str, Any]) -> None:
+        self._close_bar()
+        message = escape(event["message"])
+        self.console.print(f"      [yellow]{message}: started again from the last checkpoint[/yellow]")
+
     def _layout(self, event: dict[str, Any]) -> None:
         self.console.print(f"      [yellow]{describe_change(event)}[/yellow]")
 

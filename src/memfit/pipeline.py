@@ -22,6 +22,7 @@ from memfit.files import fingerprint, read_json, sha256_file, write_json, write_
 from memfit.memory.answers import what_would_fit
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import is_here, read_devices
+from memfit.memory.host import oom_kills
 from memfit.memory.plan import HEADROOM, Plan, Probe
 from memfit.memory.planner import check_feasible, plan_stage, planning
 from memfit.memory.request import PlanRequest
@@ -39,6 +40,8 @@ CODE = {
     "export": (*_STEP, "models", "workloads", "export", "data/features.py"),
 }
 """Which source files a step's result depends on; a change in one of them runs the step again."""
+MAX_DEATHS = 3
+"""How often a training child may die without having come to another checkpoint."""
 LIBRARIES = ("torch", "numpy", "pandas", "onnx", "onnxruntime")
 
 
@@ -382,13 +385,38 @@ class Pipeline:
             "initial_weights": str(before) if index else None,
         }
         try:
-            self._child(f"train:{stage.name}", "memfit.training.worker:run", job, partial(self._on_training, index))
+            self._train_through(index, job)
         except DoesNotFitError as error:
             plan = self.plans[index]
             if not plan.in_flight:
                 raise
             request = self._request(stage, plan.variant or next(iter(self._variants)), plan.fingerprint)
             raise DoesNotFitError(f"{error} {what_would_fit(request, plan)}") from None
+
+    def _train_through(self, index: int, job: dict[str, Any]) -> None:
+        """Start the training child again where it was killed or hung: it goes on from its last checkpoint.
+
+        One that the kernel killed for want of memory goes on with less. Gives up after MAX_DEATHS without a checkpoint.
+        """
+        step, checkpoints = f"train:{job['stage']['name']}", Path(job["stage_dir"]) / "checkpoints"
+        deaths, shortages, reached, kills = 0, list[str](), None, oom_kills()
+        while True:
+            outcome = run_child(
+                "memfit.training.worker:run",
+                {**job, "shortages": shortages},
+                log=self._log(step),
+                on_event=partial(self._on_training, index),
+                silence_seconds=self.config.hang_minutes * 60 or None,
+            )
+            at = (checkpoints / "last").resolve().name
+            deaths, shortages = (deaths + 1, shortages) if at == reached else (1, [])
+            if not (outcome.status == "hung" or outcome.error.startswith("SIG")) or deaths > MAX_DEATHS:
+                outcome.unwrap(f"step {step!r}")
+                return
+            if outcome.error == "SIGABRT" or oom_kills() > kills:
+                shortages.append(f"the process {outcome.message} in phase {outcome.phase!r}")
+            reached, kills = at, oom_kills()
+            self.on_event({"event": "restart", "step": step, "message": outcome.message, "attempt": deaths + 1})
 
     def _on_training(self, index: int, event: dict[str, Any]) -> None:
         if event["event"] == "layout":

@@ -7,6 +7,7 @@ a log file and disturbs nothing.
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -34,12 +35,14 @@ _PR_SET_PDEATHSIG = 1
 # 20 to 50 times slower than with threads that sleep.
 _CHILD_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
 _COMMAND = (sys.executable, "-m", "memfit.process")
+_STACKS_SECONDS = 2.0
+"""What a child that hangs gets to write its stacks."""
 _stop = threading.Event()
 
 
 @dataclass
 class Outcome:
-    """How a child ended: `status` is ok, oom, failed, timeout or resumable."""
+    """How a child ended: `status` is ok, oom, failed, timeout, hung or resumable."""
 
     status: str
     value: Any = None
@@ -76,6 +79,8 @@ class _Report:
     phase: str | None = None
     buffer: bytes = b""
     last_event: float = field(default_factory=time.monotonic)
+    silent: bool = False
+    """Nothing was heard for longer than allowed."""
 
 
 def run_child(
@@ -85,12 +90,14 @@ def run_child(
     log: Path,
     on_event: Emit | None = None,
     deadline_seconds: float | None = None,
+    silence_seconds: float | None = None,
     grace_seconds: float = 60.0,
 ) -> Outcome:
     """Run `module:function` with a JSON payload in a child process of its own process group.
 
     `on_event` sees every event except the closing one. When the deadline passes, or the caller is interrupted, the
-    child gets SIGTERM, `grace_seconds` to write a checkpoint, then SIGKILL; an interrupt is then raised again.
+    child gets SIGTERM, `grace_seconds` to write a checkpoint, then SIGKILL; an interrupt is then raised again. One that
+    says nothing for `silence_seconds` hangs: it writes its threads' stacks into its log, and is killed.
     """
     started = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +108,10 @@ def run_child(
         child = _start(job, writer, log_file.fileno())
         try:
             os.close(writer)
-            closed = _listen(child, reader, report, on_event, deadline_seconds)
+            closed = _listen(child, reader, report, on_event, deadline_seconds, silence_seconds)
         finally:
-            _end(child, lambda: closed or _stop_and_listen(child, reader, report, on_event, grace_seconds))
+            grace = _STACKS_SECONDS if report.silent else grace_seconds
+            _end(child, lambda: closed or _stop_and_listen(child, reader, report, on_event, grace))
             os.close(reader)
     outcome = _outcome(child.returncode, report, not closed, deadline_seconds, log)
     outcome.seconds, outcome.log = time.monotonic() - started, log
@@ -149,10 +157,14 @@ def _listen(
     report: _Report,
     on_event: Emit | None,
     deadline_seconds: float | None,
+    silence_seconds: float | None = None,
 ) -> bool:
-    """Pass events on until the pipe closes; return False when the deadline came first."""
+    """Pass events on until the pipe closes; return False when the deadline or too long a silence came first."""
     end = None if deadline_seconds is None else time.monotonic() + deadline_seconds
     while True:
+        if silence_seconds is not None and time.monotonic() - report.last_event > silence_seconds:
+            report.silent = True
+            return False
         left = 1.0 if end is None else min(1.0, end - time.monotonic())
         if left <= 0:
             return False
@@ -165,6 +177,7 @@ def _listen(
 
 def _receive(reader: int, report: _Report, on_event: Emit | None) -> bool:
     chunk = os.read(reader, 1 << 16)
+    report.last_event = time.monotonic()
     report.buffer += chunk
     *lines, report.buffer = report.buffer.split(b"\n")
     for line in lines:
@@ -179,7 +192,10 @@ def _receive(reader: int, report: _Report, on_event: Emit | None) -> bool:
 
 
 def _stop_and_listen(child: Child, reader: int, report: _Report, on_event: Emit | None, grace_seconds: float) -> bool:
-    child.terminate()
+    if report.silent:
+        child.send_signal(signal.SIGUSR1)  # faulthandler's, see `_be_child`
+    else:
+        child.terminate()
     return _listen(child, reader, report, on_event, grace_seconds)
 
 
@@ -198,6 +214,11 @@ def _end(child: Child, is_leaving: Callable[[], bool]) -> None:
 
 
 def _outcome(returncode: Any, report: _Report, timed_out: bool, deadline_seconds: float | None, log: Path) -> Outcome:
+    if report.silent:
+        message = (
+            f"said nothing for {time.monotonic() - report.last_event:.0f} s; the stacks of its threads are in {log}"
+        )
+        return Outcome("hung", message=message, phase=report.phase)
     if timed_out:
         return Outcome("timeout", message=f"no result within {deadline_seconds:.0f} s", phase=report.phase)
     if report.outcome is not None:
@@ -277,6 +298,7 @@ def _be_child(job: dict[str, Any], events: int) -> int:
     die_with_parent(job["parent"])
     signal.signal(signal.SIGTERM, _request_stop)
     signal.signal(signal.SIGINT, _request_stop)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # works where Python code no longer runs
     with _events(events) as emit:
         outcome = _perform(job["target"], job["payload"], emit)
         fields = {key: value for key, value in vars(outcome).items() if key not in ("log", "seconds")}

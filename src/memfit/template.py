@@ -80,13 +80,14 @@ class Forked:
 
     def terminate(self) -> None:
         """Ask it to stop."""
-        self._signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it at once."""
-        self._signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it has not ended."""
         if self.poll() is None:  # until the next child starts, its number is not given to another process
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)

@@ -108,3 +108,18 @@ def small_step(payload, emit):
         model(torch.randn(64, 256)).square().mean().backward()
         optimizer.step()
     return {"start": start, "end": process_status()["VmHWM"]}
+
+
+def hang(payload, emit):
+    """Say something, and then nothing more."""
+    emit({"event": "phase", "phase": "waiting"})
+    while True:
+        time.sleep(60)
+
+
+def talk(payload, emit):
+    """Take longer than the silence that is allowed, and say so in between."""
+    for _ in range(6):
+        time.sleep(0.6)
+        emit({"event": "tick"})
+    return "done"

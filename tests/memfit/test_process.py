@@ -147,6 +147,20 @@ def test_a_deadline_ends_the_child_and_its_children(log, target):
     assert all(gone(pid) for pid in pids)
 
 
+def test_a_child_that_hangs_writes_its_stacks_and_is_ended(log):
+    outcome = run_child("process_targets:hang", {}, log=log, silence_seconds=1.5)
+    assert (outcome.status, outcome.phase) == ("hung", "waiting")
+    assert "said nothing for" in outcome.message
+    assert "in hang" in log.read_text(encoding="utf-8")
+    assert outcome.seconds < 20
+    with pytest.raises(errors.ChildError, match="hung"):
+        outcome.unwrap("training")
+
+
+def test_a_child_that_keeps_talking_is_left_alone(log):
+    assert run_child("process_targets:talk", {}, log=log, silence_seconds=2.0).value == "done"
+
+
 def test_a_child_that_leaves_a_process_behind_returns_at_once(log):
     started = time.monotonic()
     outcome = run_child("process_targets:hold_the_pipe", {}, log=log)

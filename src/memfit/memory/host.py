@@ -90,6 +90,15 @@ def check_host_memory(batch_bytes: int, *, what: str, prefetched: int = 0, pinne
         )
 
 
+def oom_kills() -> int:
+    """Count the processes that the kernel killed for want of memory since it started, on this machine."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def num_cores() -> int:
     """Count the cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from memfit.step import StepStats
 from memfit.training.checkpoint import prune, save_checkpoint
 from memfit.training.evaluate import evaluate_in_pieces
 from memfit.training.events import EventLog
+from memfit.training.numbers import first_bad
 from memfit.training.optimizers import Schedule
 from memfit.training.stage import Progress, capture, sample_order
 from memfit.workloads.base import Workload
@@ -45,7 +46,8 @@ class StageLoop:
     """What every checkpoint names: stage, fingerprint."""
     phases: Callable[[str], None] = lambda _phase: None
     """Told "train", "evaluate" and "save" as the loop comes to them."""
-    _bad_steps: int = 0
+    _bad_steps: list[np.ndarray] = field(default_factory=list)
+    """Samples of the last steps in a row whose numbers were not finite."""
 
     def run(self) -> str:
         """Train to the end; return why it ended: epochs, early_stopping or max_steps.
@@ -121,12 +123,14 @@ class StageLoop:
         # An overflow is the loss scaler's business, until scaling down did not help.
         scaled_away = self.plan.precision == "fp16" and math.isfinite(stats.total) and stats.loss_scale >= 1
         bad = not (math.isfinite(stats.total) and math.isfinite(stats.gradient_norm))
-        self._bad_steps = self._bad_steps + 1 if bad and not scaled_away else 0
-        if self._bad_steps >= MAX_BAD_STEPS:
+        self._bad_steps = [*self._bad_steps, indices] if bad and not scaled_away else []
+        if len(self._bad_steps) >= MAX_BAD_STEPS:
+            first = self._bad_steps[0]
+            where = first_bad(self.step, self.workload.batch("train", first))
             raise MemfitError(
                 f"stage {self.stage['name']!r}: loss or gradients were not finite in {MAX_BAD_STEPS} steps up to step "
-                f"{self.progress.step} (samples {indices[:8].tolist()}...). Lower lr, set clip, or use fp32 or bf16; "
-                f"the last checkpoint in {self.checkpoints} is intact."
+                f"{self.progress.step}, {where}. The first such batch was samples {first.tolist()}. Lower lr, set "
+                f"clip, or use fp32 or bf16; the last checkpoint in {self.checkpoints} is intact."
             )
 
     def _lr(self) -> float:

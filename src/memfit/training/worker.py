@@ -29,7 +29,8 @@ from memfit.workloads.registry import load_workload
 def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Train one stage under its plan; return its result.
 
-    job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights.
+    job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights;
+    shortages: why children that trained before this one, since the last checkpoint, ran out of memory and died.
     A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused. Raises:
     DoesNotFitError before training where the host cannot hold a global batch; ChildOutOfMemoryError.
     """
@@ -59,7 +60,7 @@ def _check_host(workload: Workload, plan: Plan, what: str) -> None:
 
 def _train_through(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforcement.Phases) -> dict[str, Any]:
     """Train; where memory ran out in an update, throw everything away and go on from the last checkpoint."""
-    shortages: list[str] = []
+    shortages: list[str] = list(job.get("shortages", ()))
     while True:
         try:
             return _train(job, plan, workload, phases, shortages)

@@ -130,7 +130,7 @@ def test_keeps_last_best_and_every_nth_epoch_and_nothing_else(attempts):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_that_are_not_finite_stop_training_with_the_weights_intact(attempts, precision):
     stage = attempts(plan={"precision": precision}, loss={"value_weight": float("nan")})
-    with pytest.raises(MemfitError, match=r"not finite in 3 steps up to step 3 .*Lower lr"):
+    with pytest.raises(MemfitError, match=r"not finite in 3 steps up to step 3, .*samples \[.*\]\. Lower lr"):
         stage.run()
     assert [event["losses"]["total"] for event in stage.of_kind("step")] == [None] * 3
 
@@ -207,3 +207,25 @@ def test_a_kill_between_epochs_loses_no_more_than_the_steps_since_the_last_check
     assert resumed["step"] == 15
     assert killed.weights("last") == whole.weights("last")
     assert killed.events() == whole.events()
+
+
+def test_the_first_bad_batch_and_the_layer_are_named(attempts, monkeypatch):
+    """One sample of a batch has no history from the fourth batch on; the first batch only measures the host."""
+    from memfit.workloads.series import SeriesWorkload
+
+    original, asked = SeriesWorkload.batch, []
+
+    def batch(self, split, indices):
+        found = original(self, split, indices)
+        if split == "train":
+            asked.append(indices.tolist())
+            if len(asked) >= 4:
+                found["history"][0] = float("nan")
+        return found
+
+    stage = attempts()
+    monkeypatch.setattr(SeriesWorkload, "batch", batch)
+    with pytest.raises(MemfitError) as raised:
+        stage.run()
+    assert f"samples {asked[3]}" in str(raised.value)
+    assert "up to step 5, first in the output of '" in str(raised.value)
