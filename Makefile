@@ -6,13 +6,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test check bench clean
+.PHONY: run test faults check bench clean
 
 run: .venv/.installed
 	$(BIN)/python -m flows.train_model configs/weather_quick.toml $(ARGS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
+
+faults: .venv/.installed
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

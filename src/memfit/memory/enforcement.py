@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from memfit.errors import ChildOutOfMemoryError, DoesNotFitError, MemfitError
+from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
 from memfit.process import Emit, is_out_of_memory
 from memfit.step import Batch, num_samples, tensors_of
 
@@ -110,7 +110,7 @@ def within_budget(budget_bytes: int, device: str, phases: Phases, cure: str) -> 
 
 def _shortage(error: BaseException | None) -> BaseException | None:
     """Find what says that memory ran out: an exception, or what it was raised from; onnxruntime has own words."""
-    while error is not None and not isinstance(error, MemfitError):  # those have said what they have to say
+    while error is not None and not isinstance(error, DoesNotFitError):  # that has said all there is to say
         if is_out_of_memory(error) or any(words in str(error) for words in ("bad_alloc", "Failed to allocate memory")):
             return error
         error = error.__cause__

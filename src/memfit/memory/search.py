@@ -9,6 +9,8 @@ from memfit.memory.plan import Candidate, Probe
 
 TIE = 0.03
 """Plans whose throughput differs by no more than this share are equal; the smaller peak wins."""
+BETWEEN = 0.02
+"""Share of the budget that a micro-batch between two rungs must leave by expectation, as peaks vary."""
 FORECAST_SLACK = 0.15
 """A rung is left out only if it is predicted to pass the budget by more than this share."""
 NOISE = 0.25
@@ -114,7 +116,7 @@ def _between(
         return []
     low = fitting[-1].micro_batch_size
     inside = [c for c in grid(ladder) if low < c.micro_batch_size < following.micro_batch_size]
-    return [c for c in inside if _next_peak(fitting, c, predict) <= budget_bytes][-1:]
+    return [c for c in inside if _next_peak(fitting, c, predict) <= budget_bytes * (1 - BETWEEN)][-1:]
 
 
 def rungs_of(ladder: Sequence[Candidate], probes: Iterable[Probe]) -> list[Probe]:

@@ -33,7 +33,7 @@ KEYS = {
     "stage", "device", "budget_bytes", "global_batch_size", "micro_batch_size", "accumulation_steps", "num_devices",
     "precision", "checkpointing", "seq_len", "variant", "predicted_peak_bytes", "upper_peak_bytes",
     "measured_peak_bytes", "eval_batch_size", "step_seconds", "samples_per_second", "levers", "verified", "probes",
-    "fingerprint", "reason", "timeline", "chunked_loss", "foreach",
+    "fingerprint", "reason", "timeline", "chunked_loss", "foreach", "in_flight",
 }  # fmt: skip
 
 

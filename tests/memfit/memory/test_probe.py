@@ -203,7 +203,7 @@ def test_builds_the_program_that_was_pickled(tmp_path):
 @pytest.fixture
 def run_here(monkeypatch):
     """Call what a child runs, in this process: without a limit, and with a program that is not loaded."""
-    monkeypatch.setattr(room.budget, "enforce_budget", lambda budget_bytes, device: None)
+    monkeypatch.setattr(room.enforcement, "enforce_budget", lambda budget_bytes, device: None)
 
     def call(function, chosen: TrainingProgram, *, budget_bytes: int = 100 * GIB, **further):
         monkeypatch.setattr(room, "load_program", lambda description: chosen)
