@@ -6,7 +6,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test faults check bench clean
+.PHONY: run test faults soak check bench clean
 
 run: .venv/.installed
 	$(BIN)/python -m flows.train_model configs/weather_quick.toml $(ARGS)
@@ -16,6 +16,9 @@ test: .venv/.installed
 
 faults: .venv/.installed
 	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+soak: .venv/.installed
+	MEMFIT_KILLS=500 $(BIN)/python -m pytest --timeout 0 tests/faults/test_killed_children.py -k random $(ARGS)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

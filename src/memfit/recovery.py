@@ -228,7 +228,7 @@ def release_memory(device: str) -> None:
 def _allocator_retries(device: str) -> int:
     if torch.device(device).type != "cuda":
         return 0
-    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_alloc_retries", 0))
 
 
 def _any_rank(failed: bool, device: str) -> bool:

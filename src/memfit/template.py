@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -160,7 +161,8 @@ def serve(connection: socket.socket, modules: Sequence[str], work: Callable[[byt
             os.waitpid(ended, 0)  # not before: its number stays taken while its parent may still signal it
         size, events, log = header
         job = _read(connection, size)
-        pid = os.fork()
+        with warnings.catch_warnings(action="ignore"):  # of BLAS's threads, which it ends and starts by itself
+            pid = os.fork()
         if pid == 0:
             connection.close()
             _leave(partial(_be_child, partial(work, job, events), pages, log))

@@ -1,7 +1,12 @@
 """Training children that are killed or hang: the pipeline starts them again, and the end is the same."""
 
+import contextlib
+import itertools
+import json
 import os
+import random
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,6 +67,43 @@ def test_a_child_that_is_killed_goes_on_from_its_checkpoint_to_the_same_weights(
     restarts = [event for event in events if event["event"] == "restart"]
     assert [event["message"] for event in restarts] == ["died of SIGKILL"] * 2
     assert not [event for event in events if event["event"] == "layout"]
+
+
+def test_kills_at_random_moments_change_nothing(start):
+    """Of as many training children as MEMFIT_KILLS says: while they import, train, evaluate, write checkpoints, end."""
+    wanted, killed, draw = int(os.environ.get("MEMFIT_KILLS", "25")), list[int](), random.Random(7)
+    whole = start("whole", "stages.0.checkpoint_every_steps=1")
+    expected = train(whole), steps(whole)
+    for number in itertools.count():
+        if len(killed) >= wanted:
+            break
+        ended = threading.Event()
+
+        def kill(ended=ended):
+            while not ended.wait(draw.uniform(0.1, 5.0)):
+                for pid in child_pids():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+
+        run = start(f"killed-{number}", "stages.0.checkpoint_every_steps=1")
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            got = None
+            while got is None:
+                with contextlib.suppress(ChildOutOfMemoryError):  # killed too often in a row: the next attempt goes on
+                    got = train(run)
+        finally:
+            ended.set()
+            killer.join()
+        assert (got, steps(run)) == expected
+
+
+def steps(run: Pipeline) -> list[tuple[int, float, float]]:
+    lines = (run.run.path / run.stage_dir(0) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    return [(e["step"], e["losses"]["total"], e["gradient_norm"]) for e in events if e["event"] == "step"]
 
 
 def test_one_that_the_kernel_killed_for_want_of_memory_goes_on_with_less(start, monkeypatch):
