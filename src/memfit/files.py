@@ -1,13 +1,20 @@
-"""Files that are whole or absent: atomic writes, JSON, and content hashes."""
+"""Files that are whole or absent: atomic writes, JSON, content hashes, and disks that have no room for them."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from memfit.errors import RunStateError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT, errno.EIO)
+"""Full, over quota, a file too large, read-only, vanished, broken."""
 
 
 @contextmanager
@@ -26,6 +33,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_free_disk(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse work that a disk has no room for, before it begins. Raises: RunStateError."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise RunStateError(
+            f"{what}: expected {num_bytes / 2**20:,.0f} MiB free in {folder}, got {free / 2**20:,.0f} MiB. Free some, "
+            "or choose another directory."
+        )
+
+
+@contextmanager
+def disk_errors(what: str, cure: str) -> Iterator[None]:
+    """Say what a disk refused in the middle of the work, and what to do. Raises: RunStateError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise RunStateError(f"{what}: the disk refused: {error}. {cure}") from error
 
 
 def fsync_directory(path: Path) -> None:

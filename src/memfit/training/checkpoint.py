@@ -3,6 +3,7 @@
 A checkpoint is a folder `step-N`; `last` and `best` are links to such folders, exchanged atomically.
 """
 
+import errno
 import os
 import pickle
 import secrets
@@ -26,6 +27,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )  # fmt: skip
 """What readers raise at files that are missing, torn, or hold code."""
+_REFUSED = ("iostream error", "PytorchStreamWriter", "unexpected pos", "I/O error", "IoError", "os error")
+"""What writers in C++ and Rust say where a disk refuses, instead of an OSError."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Checkpoint:
 def write_payload(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     """Write weights and state into a folder and fsync them; used by training and by the probe alike."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
-    torch.save(state, folder / STATE)
+    try:
+        save_file(weights, folder / WEIGHTS)
+        torch.save(state, folder / STATE)
+    except (RuntimeError, SafetensorError) as error:
+        if not any(words in str(error) for words in _REFUSED):
+            raise
+        raise OSError(errno.EIO, f"{error}", str(folder)) from error
     for name in (WEIGHTS, STATE):
         with (folder / name).open("rb") as written:
             os.fsync(written.fileno())

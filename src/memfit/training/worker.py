@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from memfit.errors import CheckpointError, DoesNotFitError
+from memfit.files import check_free_disk, disk_errors
 from memfit.memory import enforcement
 from memfit.memory.host import check_host_memory
 from memfit.memory.plan import Plan
@@ -32,7 +33,8 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights;
     shortages: why children that trained before this one, since the last checkpoint, ran out of memory and died.
     A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused. Raises:
-    DoesNotFitError before training where the host cannot hold a global batch; ChildOutOfMemoryError.
+    DoesNotFitError before training where the host cannot hold a global batch, and where nothing smaller is left to try;
+    RunStateError where the disk is full or gone; ChildOutOfMemoryError.
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
@@ -41,7 +43,11 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "Raise plan.budget, or lower the stage's global_batch_size; what checkpoints there are in "
         f"{job['stage_dir']} are intact."
     )
-    with enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure):
+    disk = f"Free space or restore {job['stage_dir']}, and resume: the checkpoints in it are intact."
+    with (
+        disk_errors(phases.step, disk),
+        enforcement.within_budget(plan.budget_bytes, plan.device, phases, cure),
+    ):
         _check_host(workload, plan, phases.step)
         try:
             result = _train_through(job, plan, workload, phases)
@@ -84,6 +90,8 @@ def _train(
     steps_per_epoch = -(-workload.num_samples("train") // plan.global_batch_size)
     schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    check_free_disk(checkpoints, _checkpoint_bytes(model) * (stage["keep_checkpoints"] + 2), phases.step)
     progress = _resume(checkpoints, job["fingerprint"], step, schedule)
     keep_bytes = progress.events_bytes if progress else 0
     with closing(EventLog(Path(job["stage_dir"]) / "events.jsonl", phases.emit, keep_bytes)) as events:
@@ -115,6 +123,11 @@ def _train(
     return result
 
 
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """Count what a checkpoint may take: weights, and two numbers a weight of optimizer state."""
+    return 3 * sum(int(tensor.nbytes) for tensor in model.state_dict().values())
+
+
 def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {
         "reason": reason,
@@ -128,8 +141,6 @@ def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str,
 
 
 def _resume(checkpoints: Path, fingerprint: str, step: RecoveringStep, schedule: Schedule) -> Progress | None:
-    if not checkpoints.exists():
-        return None
     found = newest(checkpoints)
     if found is None:
         return None
