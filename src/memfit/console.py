@@ -101,6 +101,9 @@ class RunView:
         message = escape(event["message"])
         self.console.print(f"      [yellow]{message}: started again from the last checkpoint[/yellow]")
 
+    def _warning(self, event: dict[str, Any]) -> None:
+        self.console.print(f"      [yellow]{escape(event['message'])}[/yellow]")
+
     def _layout(self, event: dict[str, Any]) -> None:
         self.console.print(f"      [yellow]{describe_change(event)}[/yellow]")
 

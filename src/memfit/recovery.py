@@ -35,7 +35,7 @@ class Change:
     """A layout that was changed in flight, and why."""
 
     reason: str
-    """"out_of_memory", "allocator_retries" or "grown"."""
+    """"out_of_memory", "allocator_retries", "budget_shrunk" or "grown"."""
     phase: str
     message: str
     accumulation_steps: int
@@ -70,6 +70,8 @@ class RecoveringStep(TrainingStep):
 
     on_change: Callable[[Change], None] = lambda _change: None
     """Told of every change before the step goes on."""
+    relieve: Callable[[], bool] = lambda: False
+    """Asked first where memory ran out: frees what is held beside the step, and tells whether there was anything."""
     clean_steps: int = CLEAN_STEPS
     state: InFlight = field(init=False)
     _changing: set[str] | None = field(default=None, init=False)
@@ -109,8 +111,11 @@ class RecoveringStep(TrainingStep):
             sums = {}
             self.optimizer.zero_grad(set_to_none=True)
             moment.put_back(self.model)
+            relieved = _any_rank(self.relieve(), self.layout.device)
             release_memory(self.layout.device)
-            self._next_lever(self._size(batch), "train_step", message or "memory ran out on another rank")
+            if not relieved:
+                message = message or "memory ran out on another rank"
+                self.shrink(self._size(batch), "out_of_memory", "train_step", message)
 
     def update(self) -> tuple[Tensor, bool]:
         """Update the weights. Raises: UpdateInterruptedError where memory runs out; never repeats."""
@@ -127,22 +132,28 @@ class RecoveringStep(TrainingStep):
         self.state = InFlight(**state)
         self._lay_out()
 
-    def shrink_update(self, size: int, message: str) -> None:
-        """Pull the next lever for a global batch of `size`, once a checkpoint from before the update is restored."""
-        self._next_lever(size, "update", message)
+    def can_shrink(self, size: int) -> bool:
+        """Tell whether there is a layout with less memory for a global batch of `size`."""
+        return self._can_split(size) or self._can_checkpoint()
 
-    def _next_lever(self, size: int, phase: str, message: str) -> None:
+    def shrink(self, size: int, reason: str, phase: str, message: str) -> None:
+        """Pull the next lever for a global batch of `size`, between two steps; after an update that ran out, once a
+        checkpoint from before it is restored. Raises: DoesNotFitError where there is none.
+        """
         if self._can_split(size):
-            self._split(size, "out_of_memory", phase, message)
-        elif self.state.checkpointing == "none" and self.program.blocks:
+            self._split(size, reason, phase, message)
+        elif self._can_checkpoint():
             self.state.checkpointing = "blocks"
-            self._change(size, "out_of_memory", phase, message)
+            self._change(size, reason, phase, message)
         else:
             raise DoesNotFitError(
                 f"{phase}: expected a global batch of {size} samples to fit in pieces, ran out of memory even with "
                 f"micro-batches of {self._micro(size)}, checkpointing {self.state.checkpointing}: {message} "
                 "End other processes, or allow more: a lower precision, a lighter variant."
             )
+
+    def _can_checkpoint(self) -> bool:
+        return self.state.checkpointing == "none" and bool(self.program.blocks)
 
     def _can_split(self, size: int) -> bool:
         smallest = max(self.program.min_micro_batch_size, 1)

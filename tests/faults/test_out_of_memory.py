@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,17 @@ from memfit.errors import DoesNotFitError
 from memfit.process import run_child
 from memfit.recovery import MAX_SPLITS, RecoveringStep
 from memfit.step import StepLayout, TrainingProgram, TrainingStep
+from memfit.training import worker, writer
 
 STAGE = {"epochs": 2, "max_steps": 12}
 """Ten steps are an epoch: an evaluation and a checkpoint lie inside."""
 MIB = 2**20
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    """Write every checkpoint at once: none is in the way of a step."""
+    monkeypatch.setattr(worker, "room_for_copies", lambda _plan: 0)
 
 
 @pytest.fixture
@@ -43,6 +51,7 @@ def trained(attempt) -> tuple[bytes, bytes, list[dict]]:
     return attempt.weights("last"), attempt.weights("best"), [e for e in attempt.events() if e["event"] != "layout"]
 
 
+@pytest.mark.usefixtures("no_copies")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("step", "share"), [(1, 0.0), (1, 0.9), (5, 0.3), (11, 0.6), (12, 1.0)])
 def test_a_step_that_runs_out_is_that_of_a_run_told_to_split_there(
@@ -68,6 +77,7 @@ def test_a_step_that_runs_out_is_that_of_a_run_told_to_split_there(
     assert "can't allocate memory" in change["message"]
 
 
+@pytest.mark.usefixtures("no_copies")
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(phase=st.sampled_from(["train_step", "update", "evaluate"]), call=st.integers(1, 12), share=st.floats(0, 1))
 def test_any_allocation_of_any_phase_may_fail(attempts, faults, phase, call, share):
@@ -126,6 +136,31 @@ def test_an_evaluation_that_runs_out_is_repeated_in_halves_with_the_same_scores(
     assert faulted.weights("last") == whole.weights("last")
     for got, expected in zip(faulted.of_kind("epoch"), whole.of_kind("epoch"), strict=True):
         assert got["validation"] == pytest.approx(expected["validation"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("phase", "call", "stage"), [("train_step", 6, {}), ("evaluate", 1, {"max_steps": 5})])
+def test_a_checkpoint_under_way_makes_room_and_nothing_else_changes(attempts, faults, monkeypatch, phase, call, stage):
+    """Its copy is what the shortage is for: the step or the evaluation is done once more as it was."""
+    stage = STAGE | {"checkpoint_every_steps": 5} | stage
+    whole, faulted = attempts("whole", stage=stage), attempts("faulted", stage=stage)
+    whole.run()
+    release, original = threading.Event(), writer.save_checkpoint
+
+    def save(*given):
+        if threading.current_thread().name == "checkpoint":
+            assert release.wait(60)
+        return original(*given)
+
+    give_way = writer.CheckpointWriter.give_way
+    monkeypatch.setattr(writer, "save_checkpoint", save)
+    monkeypatch.setattr(writer.CheckpointWriter, "give_way", lambda self: release.set() or give_way(self))
+    monkeypatch.setattr(worker, "room_for_copies", lambda _plan: 2**30)
+    faults.calls.clear()
+    faults.at(phase, call, 9)
+    faulted.run()
+    assert faults.raised == 1
+    assert trained(faulted) == trained(whole)
+    assert not faulted.of_kind("layout")
 
 
 def test_a_checkpoint_write_that_runs_out_is_repeated_and_nothing_half_written_stays(attempts, monkeypatch):

@@ -164,7 +164,7 @@ def describe_change(change: Mapping[str, Any]) -> str:
     """Write a change of the layout in flight as one line."""
     if change["reason"] == "grown":
         why = f"{change['message']}: the former size is tried once more"
-    elif change["reason"] == "allocator_retries":
+    elif change["reason"] in ("allocator_retries", "budget_shrunk"):
         why = change["message"]
     else:
         why = f"memory ran out in {change['phase']}"

@@ -9,6 +9,7 @@ import pickle
 import secrets
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from memfit.errors import CheckpointError
 from memfit.files import fsync_directory, read_json, sha256_file, write_json
@@ -40,11 +40,10 @@ class Checkpoint:
     record: dict[str, Any]
 
 
-def write_payload(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
+def write_payload(folder: Path, weights: Mapping[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Write weights and state into a folder and fsync them; used by training and by the probe alike."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        save_file(weights, folder / WEIGHTS)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
         torch.save(state, folder / STATE)
     except (RuntimeError, SafetensorError) as error:
         if not any(words in str(error) for words in _REFUSED):
@@ -56,7 +55,11 @@ def write_payload(folder: Path, model: nn.Module, state: dict[str, Any]) -> None
 
 
 def save_checkpoint(
-    checkpoints: Path, model: nn.Module, state: dict[str, Any], record: dict[str, Any], links: tuple[str, ...]
+    checkpoints: Path,
+    weights: Mapping[str, torch.Tensor],
+    state: dict[str, Any],
+    record: dict[str, Any],
+    links: tuple[str, ...],
 ) -> Path:
     """Write `step-N` atomically, then point the links at it.
 
@@ -66,7 +69,7 @@ def save_checkpoint(
     temporary = checkpoints / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir(parents=True)
     try:
-        write_payload(temporary, model, state)
+        write_payload(temporary, weights, state)
         hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)}
         write_json(temporary / RECORD, {**record, "sha256": hashes})
         if target.exists():  # the same step again, after a resume: out of the way first, so that no kill leaves half
@@ -110,7 +113,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         record = read_json(folder / RECORD)
-        for name, expected in record["sha256"].items():
+        for name in (WEIGHTS, STATE):
+            expected = record["sha256"][name]
             if (got := sha256_file(folder / name)) != expected:
                 raise CheckpointError(
                     f"{folder / name}: expected sha256 {expected[:12]}…, got {got[:12]}…: it is corrupt."
@@ -123,11 +127,34 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({type(error).__name__}: {error}).") from error
 
 
-def newest(checkpoints: Path) -> Checkpoint | None:
-    """Read the newest usable checkpoint; unusable ones are passed over with a warning."""
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def newest(
+    checkpoints: Path,
+    fingerprint: str | None = None,
+    log_bytes: int | None = None,
+    warn: Callable[[str], None] = _warn,
+) -> Checkpoint | None:
+    """Read the newest usable checkpoint; others are passed over with a warning.
+
+    fingerprint: one of another is set aside under another name, where nothing prunes it. log_bytes: length of the event
+    log, which must reach as far as the checkpoint.
+    """
     for folder in _by_age(checkpoints):
         try:
-            return load_checkpoint(folder)
+            found = load_checkpoint(folder)
+            if fingerprint not in (None, found.record.get("fingerprint")):
+                aside = folder.rename(folder.with_name(f"foreign-{folder.name}.{secrets.token_hex(4)}"))
+                raise CheckpointError(
+                    f"{folder}: expected a checkpoint of this stage ({fingerprint}), got one of another config, data "
+                    f"or code ({found.record.get('fingerprint')}). Set aside as {aside.name}."
+                )
+            if log_bytes is not None and found.state["progress"]["events_bytes"] > log_bytes:
+                raise CheckpointError(f"{folder}: the event log beside it ends before it: it is torn.")
         except CheckpointError as error:
-            warnings.warn(f"{error} Using the one before.", RuntimeWarning, stacklevel=2)
+            warn(f"{error} Using the one before.")
+        else:
+            return found
     return None

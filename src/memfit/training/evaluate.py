@@ -28,23 +28,29 @@ def evaluate_in_pieces(
     batch_size: int,
     layout: Layout,
     on_shrink: Callable[[int, str], None],
+    relieve: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Arrays]:
     """Do what `evaluate_split` does, from the start with half the batch where memory runs out.
 
-    on_shrink: told the new batch size and the error. Raises: the error itself where a single sample does not fit.
+    on_shrink: told the new batch size and the error. relieve: asked first, as that of `RecoveringStep`. Raises: the
+    error itself where a single sample does not fit.
     """
     states = random_states()
     while True:
         try:
             return evaluate_split(workload, model, split, batch_size=batch_size, layout=layout)
         except Exception as error:
-            if batch_size == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
+                raise
+            relieved = relieve()
+            if batch_size == 1 and not relieved:
                 raise
             message = str(error)[:300] or type(error).__name__
-        batch_size //= 2  # outside the handler: a traceback pins tensors
-        set_random_states(states)
+        set_random_states(states)  # outside the handler: a traceback pins tensors
         release_memory(layout.device)
-        on_shrink(batch_size, message)
+        if not relieved:
+            batch_size //= 2
+            on_shrink(batch_size, message)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ class EventLog:
 
     def __init__(self, path: Path, emit: Emit, keep_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not keep_bytes:
+            path.unlink(missing_ok=True)  # not emptied: an earlier run may have a link to it
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(min(keep_bytes, path.stat().st_size))
         self._file.seek(0, os.SEEK_END)

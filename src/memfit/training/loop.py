@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,16 @@ import numpy as np
 from memfit.errors import ConfigError, MemfitError, Resumable
 from memfit.memory import enforcement
 from memfit.memory.plan import Plan
-from memfit.process import is_out_of_memory, stop_requested
-from memfit.recovery import Change, RecoveringStep, release_memory
+from memfit.process import stop_requested
+from memfit.recovery import Change, RecoveringStep
 from memfit.step import StepStats
-from memfit.training.checkpoint import prune, save_checkpoint
 from memfit.training.evaluate import evaluate_in_pieces
 from memfit.training.events import EventLog
+from memfit.training.memory_watch import MemoryWatch
 from memfit.training.numbers import first_bad
 from memfit.training.optimizers import Schedule
 from memfit.training.stage import Progress, capture, sample_order
+from memfit.training.writer import CheckpointWriter
 from memfit.workloads.base import Workload
 
 MAX_BAD_STEPS = 3
@@ -41,13 +41,16 @@ class StageLoop:
     """The stage's settings: epochs, monitor, patience, checkpoint_every_*, keep_checkpoints, max_steps and more."""
     stage_index: int
     seed: int
-    checkpoints: Path
+    writer: CheckpointWriter
     record: Mapping[str, Any]
     """What every checkpoint names: stage, fingerprint."""
     phases: Callable[[str], None] = lambda _phase: None
     """Told "train", "evaluate" and "save" as the loop comes to them."""
     _bad_steps: list[np.ndarray] = field(default_factory=list)
     """Samples of the last steps in a row whose numbers were not finite."""
+
+    def __post_init__(self) -> None:
+        self.step.on_change, self.step.relieve = self.note_change, self.writer.give_way
 
     def run(self) -> str:
         """Train to the end; return why it ended: epochs, early_stopping or max_steps.
@@ -56,8 +59,10 @@ class StageLoop:
         """
         self._saved = time.perf_counter()
         self._started = self._saved - self.progress.seconds
+        self._watch = MemoryWatch(self.plan, self.step, self.writer.give_way)
         while (reason := self._finished()) is None:
             self._epoch()
+        self.writer.finish()
         self.progress.seconds = time.perf_counter() - self._started
         return reason
 
@@ -84,7 +89,9 @@ class StageLoop:
         self.phases("train")
         while self.progress.batch * size < len(order) and not self._at_max_steps():
             chosen = order[self.progress.batch * size : (self.progress.batch + 1) * size]
+            self._watch()
             self._train(chosen)
+            self.writer.check()
             if stop_requested():
                 self._stop()
             if self._checkpoint_is_due():
@@ -130,14 +137,14 @@ class StageLoop:
             raise MemfitError(
                 f"stage {self.stage['name']!r}: loss or gradients were not finite in {MAX_BAD_STEPS} steps up to step "
                 f"{self.progress.step}, {where}. The first such batch was samples {first.tolist()}. Lower lr, set "
-                f"clip, or use fp32 or bf16; the last checkpoint in {self.checkpoints} is intact."
+                f"clip, or use fp32 or bf16; the last checkpoint in {self.writer.checkpoints} is intact."
             )
 
     def _lr(self) -> float:
         return float(self.step.optimizer.param_groups[0]["lr"])
 
     def _stop(self) -> None:
-        self._save(("last",))
+        self._save(("last",), wait=True)
         raise Resumable(
             f"stage {self.stage['name']!r} stopped on request after step {self.progress.step}, checkpoint written."
         )
@@ -189,6 +196,7 @@ class StageLoop:
             batch_size=self.progress.eval_batch_size or self.plan.eval_batch_size,
             layout=self.step.layout,
             on_shrink=self._note_smaller_evaluation,
+            relieve=self.writer.give_way,
         )
         truth = self.workload.truth("validation", np.arange(self.workload.num_samples("validation")))
         return {**losses, **self.workload.score(truth, predictions)}
@@ -206,7 +214,7 @@ class StageLoop:
         step = self.progress.step + 1 if phase == "train_step" else self.progress.step
         self.events.write("layout", step=step, reason=reason, phase=phase, message=message, **levers)
 
-    def _save(self, links: tuple[str, ...]) -> None:
+    def _save(self, links: tuple[str, ...], *, wait: bool = False) -> None:
         self.phases("save")
         progress = self.progress
         progress.seconds = time.perf_counter() - self._started
@@ -216,12 +224,5 @@ class StageLoop:
             links = (*links, f"epoch-{progress.epoch}")
         state = capture(self.step, self.schedule, progress)
         record = {**self.record, "step": progress.step, "epoch": progress.epoch, "batch": progress.batch}
-        try:
-            save_checkpoint(self.checkpoints, self.step.model, state, record, links)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory(self.plan.device)  # what was being written is gone again: once more, with all there is
-            save_checkpoint(self.checkpoints, self.step.model, state, record, links)
-        prune(self.checkpoints, self.stage["keep_checkpoints"])
+        self.writer.write((self.step.model.state_dict(), state, record, links), wait=wait)
         self._saved = time.perf_counter()

@@ -54,4 +54,4 @@ def _make_batch(workload: Workload, size: int, _seq_len: int | None) -> Batch:
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    write_payload(folder, model, {"optimizer": optimizer.state_dict()})
+    write_payload(folder, model.state_dict(), {"optimizer": optimizer.state_dict()})

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from memfit.errors import CheckpointError, DoesNotFitError
+from memfit.errors import DoesNotFitError
 from memfit.files import check_free_disk, disk_errors
 from memfit.memory import enforcement
 from memfit.memory.host import check_host_memory
@@ -23,8 +24,11 @@ from memfit.training.loop import StageLoop
 from memfit.training.optimizers import Schedule
 from memfit.training.program import stage_program
 from memfit.training.stage import Progress, restore
+from memfit.training.writer import CheckpointWriter, room_for_copies
 from memfit.workloads.base import Workload
 from memfit.workloads.registry import load_workload
+
+EVENTS = "events.jsonl"
 
 
 def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -32,9 +36,9 @@ def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
     job: workload, data_dir, model, loss, stage, stage_index, seed, plan, stage_dir, fingerprint, initial_weights;
     shortages: why children that trained before this one, since the last checkpoint, ran out of memory and died.
-    A checkpoint of the same fingerprint in the stage's folder is resumed; another one is refused. Raises:
-    DoesNotFitError before training where the host cannot hold a global batch, and where nothing smaller is left to try;
-    RunStateError where the disk is full or gone; ChildOutOfMemoryError.
+    The newest usable checkpoint of the same fingerprint in the stage's folder is resumed. Raises: DoesNotFitError
+    before training where the host cannot hold a global batch, and where nothing smaller is left to try; RunStateError
+    where the disk is full or gone; ChildOutOfMemoryError.
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
@@ -92,9 +96,12 @@ def _train(
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     check_free_disk(checkpoints, _checkpoint_bytes(model) * (stage["keep_checkpoints"] + 2), phases.step)
-    progress = _resume(checkpoints, job["fingerprint"], step, schedule)
+    progress = _resume(Path(job["stage_dir"]), job["fingerprint"], step, schedule, phases.emit)
     keep_bytes = progress.events_bytes if progress else 0
-    with closing(EventLog(Path(job["stage_dir"]) / "events.jsonl", phases.emit, keep_bytes)) as events:
+    with (
+        closing(EventLog(Path(job["stage_dir"]) / EVENTS, phases.emit, keep_bytes)) as events,
+        CheckpointWriter(checkpoints, stage["keep_checkpoints"], plan.device, partial(room_for_copies, plan)) as writer,
+    ):
         if progress is None:
             events.write("stage_start", **_start_facts(job, plan, workload, model, steps_per_epoch))
         else:
@@ -110,14 +117,13 @@ def _train(
             stage,
             job["stage_index"],
             job["seed"],
-            checkpoints,
+            writer,
             {"stage": stage["name"], "fingerprint": job["fingerprint"]},
             phases,
         )
-        step.on_change = loop.note_change
         for shortage in shortages:
-            step.shrink_update(plan.global_batch_size, shortage)
-        result = _result(loop.run(), stage, loop.progress)
+            step.shrink(plan.global_batch_size, "out_of_memory", "update", shortage)
+        result = _result(loop.run(), stage, loop.progress) | {"stall_seconds": writer.stall_seconds}
         events.write("stage_end", **result)
         events.sync()
     return result
@@ -140,15 +146,16 @@ def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str,
     }
 
 
-def _resume(checkpoints: Path, fingerprint: str, step: RecoveringStep, schedule: Schedule) -> Progress | None:
-    found = newest(checkpoints)
+def _resume(stage_dir: Path, fingerprint: str, step: RecoveringStep, schedule: Schedule, emit: Emit) -> Progress | None:
+    log = stage_dir / EVENTS
+    found = newest(
+        stage_dir / "checkpoints",
+        fingerprint,
+        log.stat().st_size if log.exists() else 0,
+        lambda message: emit({"event": "warning", "message": message}),
+    )
     if found is None:
         return None
-    if found.record["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{checkpoints}: expected a checkpoint of this stage ({fingerprint}), got one of another config, data or "
-            f"code ({found.record['fingerprint']}). Use a new run directory."
-        )
     step.model.load_state_dict(found.weights)
     return restore(found.state, step, schedule)
 

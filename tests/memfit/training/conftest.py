@@ -11,7 +11,7 @@ from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.training import loop, worker
 
-VOLATILE = ("seconds", "memory", "samples_per_second", "eta_seconds", "time")
+VOLATILE = ("seconds", "stall_seconds", "memory", "samples_per_second", "eta_seconds", "time")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ STATE = {"optimizer": {"lr": 0.1, "moment": torch.ones(3)}, "progress": {"epoch"
 
 def save(folder, step: int, links=("last",), **record):
     torch.manual_seed(step)
-    return save_checkpoint(folder, nn.Linear(3, 2), STATE, {"step": step, **record}, links)
+    return save_checkpoint(folder, nn.Linear(3, 2).state_dict(), STATE, {"step": step, **record}, links)
 
 
 def test_reads_back_what_was_written(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from memfit.errors import ConfigError, MemfitError
-from memfit.training import loop
+from memfit.training import writer
 
 
 def test_writes_every_step_every_epoch_and_the_end(attempts):
@@ -180,8 +180,8 @@ def test_checkpoints_by_steps_lie_inside_epochs_and_change_nothing(attempts):
 
 def test_checkpoints_by_time_are_written_when_it_has_passed(attempts, monkeypatch):
     written = []
-    original = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *given: written.append(given[3]["step"]) or original(*given))
+    original = writer.save_checkpoint
+    monkeypatch.setattr(writer, "save_checkpoint", lambda *given: written.append(given[3]["step"]) or original(*given))
     attempts(stage={"epochs": 1, "checkpoint_every_minutes": 1e-9}).run()
     assert written == [*range(1, 11), 10]
 

@@ -1,12 +1,14 @@
 """A stage that was stopped or killed ends as the uninterrupted one does, to the last bit."""
 
+import os
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from memfit.errors import CheckpointError, Resumable
+from memfit.errors import Resumable
 
 
 def disturb() -> None:
@@ -113,17 +115,46 @@ def test_a_corrupt_checkpoint_is_passed_over_with_a_warning(attempts):
     weights = torn.checkpoints / "last" / "model.safetensors"
     assert torn.checkpoints.joinpath("last").readlink().name == "step-24"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.warns(RuntimeWarning, match=r"step-24.*it is corrupt.*Using the one before"):
-        torn.run()
+    torn.run()
+    (warning,) = [event["message"] for event in torn.emitted if event["event"] == "warning"]
+    assert re.search(r"step-24.*it is corrupt.*Using the one before", warning)
     resumed = [event for event in torn.emitted if event["event"] == "resume"]
     assert [event["step"] for event in resumed] == [20]
     assert_same(torn, whole)
 
 
-def test_a_checkpoint_of_another_config_is_refused(attempts):
+def test_a_torn_event_log_goes_back_to_a_checkpoint_that_it_reaches(attempts):
+    whole, torn = (
+        attempts("whole", stage={"checkpoint_every_steps": 4}),
+        attempts("torn", stage={"checkpoint_every_steps": 4}),
+    )
+    whole.run()
+    with pytest.raises(Resumable):
+        torn.run(stop_after=24)
+    os.truncate(torn.folder / "events.jsonl", (torn.folder / "events.jsonl").stat().st_size - 10)
+    torn.run()
+    assert [event["step"] for event in torn.emitted if event["event"] == "resume"] == [20]
+    assert_same(torn, whole)
+    os.truncate(torn.folder / "events.jsonl", 0)
+    torn.run()
+    assert_same(torn, whole)
+
+
+def test_checkpoints_of_another_config_are_set_aside_with_a_warning(attempts):
     attempts().run()
-    with pytest.raises(CheckpointError, match=r"expected a checkpoint of this stage \(other\)"):
-        attempts(fingerprint="other").run()
+    before = (attempts().checkpoints / "last" / "model.safetensors").read_bytes()
+    earlier = (attempts().folder / "events.jsonl").read_bytes()
+    (attempts().folder.parent / "link").hardlink_to(attempts().folder / "events.jsonl")
+    again, alone = attempts(fingerprint="other", seed=6), attempts("alone", fingerprint="other", seed=6)
+    again.run()
+    alone.run()
+    messages = [event["message"] for event in again.emitted if event["event"] == "warning"]
+    assert all("expected a checkpoint of this stage (other)" in message for message in messages)
+    aside = [path / "model.safetensors" for path in again.checkpoints.glob("foreign-step-*")]
+    assert len(aside) == len(messages)
+    assert before in [path.read_bytes() for path in aside]
+    assert (again.folder.parent / "link").read_bytes() == earlier
+    assert_same(again, alone)
 
 
 def test_the_seed_decides_and_nothing_else_does(attempts):
