@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from prefect import Flow, get_client, tags
 from prefect.exceptions import ParameterTypeError
+from prefect.settings import get_current_settings
 
 from flows.flow_parameters import read_parameters
 from memfit import cli
@@ -87,13 +88,11 @@ def _run(flow: Flow[..., dict[str, Any]], parameters: dict[str, Any]) -> dict[st
 
 
 def _reach_server() -> None:
-    """Start Prefect's temporary server now, if no API is configured, deaf to the Ctrl-C that ends this process.
+    """Start the temporary server now, if no API is configured, and see that the API answers."""
+    settings = get_current_settings()
+    if settings.api.url is None and settings.server.ephemeral.enabled:
+        from flows.temporary_server import TemporaryServer  # with all of Prefect's server: not for those who have one
 
-    Otherwise it dies first, and Prefect spends minutes on telling it how the run ended.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with get_client(sync_client=True):
-            pass
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        TemporaryServer().start()
+    with get_client(sync_client=True):
+        pass

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 
 from flows import flow_parameters as given
+from flows.ownership import owned
 from tasks.plan_memory import plan_memory
 from tasks.prepare_data import prepare_data
 from tasks.run_access import summarize
@@ -29,7 +30,7 @@ def plan_config(
     settings = given.read_parameters(config, overrides, budget, device)
     opened = given.open_directory(settings, run_dir=run_dir, resume=resume, fresh=fresh, runs=runs, store=store)
     where = (str(opened.run.path), str(opened.store), fresh)
-    with opened.run.locked():
+    with owned(opened):
         prepare_data(*where)
         plan_memory(*where)
         return summarize(*where)

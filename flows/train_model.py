@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 
 from flows import flow_parameters as given
+from flows.ownership import owned
 from tasks.evaluate_model import evaluate_model
 from tasks.export_model import export_model
 from tasks.plan_memory import plan_memory
@@ -34,7 +35,7 @@ def train_model(
     opened = given.open_directory(settings, run_dir=run_dir, resume=resume, fresh=fresh, runs=runs, store=store)
     opened.check_trainable()
     where = (str(opened.run.path), str(opened.store), fresh)
-    with opened.run.locked():
+    with owned(opened):
         prepare_data(*where)
         plan_memory(*where)
         for stage in settings.stages:

@@ -4,6 +4,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 
 from tasks.artifact_tables import metric_rows
+from tasks.publishing import published
 from tasks.retrying import RETRIES, child_died
 from tasks.run_access import StepRecord, perform, record
 
@@ -13,9 +14,8 @@ def evaluate_model(run_dir: str, store: str, fresh: bool = False) -> StepRecord:
     """Score the model and the baselines, or take the scores from an earlier run."""
     pipeline = perform("evaluate", run_dir, store, fresh)
     summary = pipeline.summary()
-    create_table_artifact(
-        key="metrics",
-        table=metric_rows(summary["metrics"], summary["baselines"]),
-        description=f"`{pipeline.config.name}` on the untouched test rows, beside trivial baselines. Run: `{run_dir}`",
-    )
+    where = f"`{pipeline.config.name}` on the untouched test rows, beside trivial baselines. Run: `{run_dir}`"
+    with published("the table of scores"):
+        table = metric_rows(summary["metrics"], summary["baselines"])
+        create_table_artifact(key="metrics", table=table, description=where)
     return record(pipeline, "evaluate")

@@ -4,6 +4,7 @@ from prefect import task
 from prefect.artifacts import create_table_artifact
 
 from tasks.artifact_tables import plan_rows
+from tasks.publishing import published
 from tasks.run_access import StepRecord, perform, record
 
 
@@ -11,9 +12,10 @@ from tasks.run_access import StepRecord, perform, record
 def plan_memory(run_dir: str, store: str, fresh: bool = False) -> StepRecord:
     """Plan every stage by running its step under the budget, or take the plans from the store."""
     pipeline = perform("plan", run_dir, store, fresh)
-    create_table_artifact(
-        key="plan",
-        table=plan_rows(pipeline.summary()["plans"]),
-        description=f"How every stage of `{pipeline.config.name}` fits into its memory budget. Run: `{run_dir}`",
-    )
+    with published("the table of plans"):
+        create_table_artifact(
+            key="plan",
+            table=plan_rows(pipeline.summary()["plans"]),
+            description=f"How every stage of `{pipeline.config.name}` fits into its memory budget. Run: `{run_dir}`",
+        )
     return record(pipeline, "plan")

@@ -16,7 +16,9 @@ from tasks.stage_progress import StageProgress
 )
 def train_stage(stage: str, run_dir: str, store: str, fresh: bool = False) -> StepRecord:
     """Train a stage under its plan, go on from its last checkpoint, or take it from an earlier run."""
-    progress = StageProgress(stage)
-    entry = record(perform(f"train:{stage}", run_dir, store, fresh, also=progress), f"train:{stage}")
-    progress.close(entry)
+    progress, entry = StageProgress(stage), None
+    try:
+        entry = record(perform(f"train:{stage}", run_dir, store, fresh, also=progress), f"train:{stage}")
+    finally:
+        progress.close(entry)
     return entry

@@ -3,10 +3,12 @@
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # Before torch is imported anywhere: many small processes on few cores are fastest, and repeatable, on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MEMFIT_LOCKS"] = tempfile.mkdtemp(prefix="memfit-locks-")  # locks of the tests' own
 
 import numpy as np
 import pytest

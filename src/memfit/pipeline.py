@@ -6,7 +6,8 @@ decided here alone, by fingerprints.
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from memfit.data.prepare import outline_series, prepare_series, prepared_fingerp
 from memfit.data.spec import SeriesSpec
 from memfit.errors import ConfigError, DoesNotFitError, RunStateError
 from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
+from memfit.locks import device_locked
 from memfit.memory.answers import what_would_fit
 from memfit.memory.budget import check_device, resolve_budget
 from memfit.memory.devices import is_here, read_devices
@@ -105,6 +107,20 @@ class Pipeline:
                 "predicted. Use `memfit plan`, or train with --device cpu, cuda or cuda:n."
             )
 
+    @property
+    def used_device(self) -> str:
+        """Name the device that the steps compute on: cpu where plans are only predicted."""
+        return "cpu" if self._only_predicts else self.config.plan.device.strip().lower()
+
+    @contextmanager
+    def locked(self, waiting: AbstractContextManager[None] | None = None) -> Iterator[None]:
+        """Own the run's directory and its device while the block runs; `waiting` is entered between the two.
+
+        Raises: RunStateError that names the owner.
+        """
+        with self.run.locked(), waiting or nullcontext(), device_locked(self.used_device, self.run.path):
+            yield
+
     def perform(self, step: str) -> None:
         """Reuse, resume or run one step; the steps before it must be done."""
         count = len(self.steps)
@@ -127,11 +143,11 @@ class Pipeline:
         started = time.perf_counter()
         if found is not None:
             self.run.take(found, outputs)
-            self.run.note(step, digest, "reused", from_run=found.run_id)
+            self.run.note(step, digest, "reused", from_run=found.run_id, outputs=outputs)
             return
         self.run.note(step, digest, "running")
         work()
-        self.run.note(step, digest, "ran", seconds=time.perf_counter() - started)
+        self.run.note(step, digest, "ran", seconds=time.perf_counter() - started, outputs=outputs)
 
     # prepare
 
@@ -240,7 +256,7 @@ class Pipeline:
     def _say_what_changed(self, stage: Stage, variant: str) -> None:
         """Tell why the plan of an earlier run of this name is not taken, and leave word for the next run."""
         latest, parts = self._latest_plan_parts(stage, variant), self._plan_parts(stage, variant)
-        before = read_json(latest) if latest.exists() else {}
+        before = _read_if_whole(latest)
         changed = [name for name, digest in parts.items() if before and before.get(name) != digest]
         changed += ["the memory at hand"] if before.get("ran_out") else []
         if changed:
@@ -255,7 +271,7 @@ class Pipeline:
             check_device(self.config.plan.device)
         keys = [self._plan_key(stage, variant) for stage in self.config.stages for variant in self._variants]
         digest = fingerprint(keys)
-        if self.run.done("plan", digest) and (self.run.path / "plan.json").exists():
+        if self.run.done("plan", digest) and "stages" in _read_if_whole(self.run.path / "plan.json"):
             return
         started = time.perf_counter()
         self.run.note("plan", digest, "running")
@@ -431,9 +447,9 @@ class Pipeline:
             write_json(self.run.path / "plan.json", {"schema": 1, "stages": [plan.to_dict() for plan in plans]})
         if change["reason"] == "out_of_memory":
             plan, stage = plans[index], self.config.stages[index]
-            (self.store / "plans" / f"{plan.fingerprint}.json").unlink(missing_ok=True)
+            (self.store / "plans" / f"{Path(plan.fingerprint).name}.json").unlink(missing_ok=True)
             latest = self._latest_plan_parts(stage, plan.variant or next(iter(self._variants)))
-            write_json(latest, {**(read_json(latest) if latest.exists() else {}), "ran_out": change["message"]})
+            write_json(latest, {**_read_if_whole(latest), "ran_out": change["message"]})
 
     def _child(self, step: str, target: str, job: dict[str, Any], on_event: Emit | None = None) -> Any:
         outcome = run_child(target, job, log=self._log(step), on_event=on_event or self.on_event)
@@ -505,6 +521,14 @@ class Pipeline:
         }
 
 
+def _read_if_whole(path: Path) -> dict[str, Any]:
+    """Read a JSON document; one that is absent or torn is empty."""
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 FILES = {
     "config": "config.toml",
     "plan": "plan.json",
@@ -534,21 +558,26 @@ def open_run(
     if path.exists() and not path.is_dir():
         raise RunStateError(f"{path}: expected a directory or nothing, got a file. Take another --run-dir.")
     run = RunDirectory(path)
-    if run.record:
-        if (path / "config.toml").read_text(encoding="utf-8") != text:
-            raise RunStateError(
-                f"{path}: holds a run of another config. Take another --run-dir, or continue it: memfit run {path}"
-            )
-    else:
+    stored = _read_text_if_any(path / "config.toml")
+    if not text.startswith(stored):  # one that was torn is written again
+        raise RunStateError(
+            f"{path}: holds a run of another config. Take another --run-dir, or continue it: memfit run {path}"
+        )
+    if not run.record or stored != text:
+        write_text(path / "config.toml", text)  # before the record: a run with a record has a config
+    if not run.record:
         facts = {
             "memfit_version": memfit.__version__,
             "code_version": {part: code_version(part) for part in CODE},
             "environment": environment() | {"device": config.plan.device},
             "data_dir": None,
         }
-        write_text(path / "config.toml", text)  # before the record: a run with a record has a config
         run = RunDirectory.create(path, config.name, facts)
     return Pipeline(config, run, store, fresh=fresh, on_event=on_event)
+
+
+def _read_text_if_any(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig, Path | None]:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -251,6 +252,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def lift_memory_limit() -> None:
+    """Let this process allocate again: where memory ran out, saying so takes some."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
 def stop_requested() -> bool:
     """Tell a child's target whether it was asked to stop at the next safe point."""
     return _stop.is_set()
@@ -288,6 +295,7 @@ def _perform(target: str, payload: dict[str, Any], emit: Emit) -> Outcome:
     except errors.MemfitError as error:
         return Outcome("failed", message=str(error), error=type(error).__name__)
     except Exception as error:  # noqa: BLE001  (the boundary: whatever it was goes to the parent and to the log)
+        lift_memory_limit()
         traceback.print_exc()
         status = "oom" if is_out_of_memory(error) else "failed"
         return Outcome(status, message=f"{type(error).__name__}: {error}"[:2000], error=type(error).__name__)

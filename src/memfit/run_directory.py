@@ -1,13 +1,10 @@
 """One run, one directory: its lock, its record of steps, and reuse of what earlier runs did."""
 
-import fcntl
-import json
 import os
 import platform
 import shutil
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from memfit.errors import RunStateError
-from memfit.files import read_json, write_json
+from memfit.files import read_json, sha256_file, write_json
+from memfit.locks import locked
 
 RECORD = "run.json"
 
@@ -40,6 +38,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = _read_record(path) if (path / RECORD).exists() else {}
+        """Empty where there is none yet, and where what is there was torn: the steps' outputs speak for themselves."""
 
     @classmethod
     def create(cls, path: Path, name: str, facts: dict[str, Any]) -> "RunDirectory":
@@ -73,18 +72,27 @@ class RunDirectory:
         return next((step for step in self.record["steps"] if step["name"] == name), None)
 
     def note(
-        self, name: str, fingerprint: str, status: str, *, from_run: str | None = None, seconds: float = 0.0
+        self,
+        name: str,
+        fingerprint: str,
+        status: str,
+        *,
+        from_run: str | None = None,
+        seconds: float = 0.0,
+        outputs: Sequence[str] = (),
     ) -> None:
-        """Write down where a step stands: running, ran or reused."""
+        """Write down where a step stands: running, ran or reused; `outputs` are the files or folders that it made."""
         entry = {"name": name, "fingerprint": fingerprint, "status": status, "from_run": from_run, "seconds": seconds}
+        self.record.setdefault("outputs", {})[name] = _describe(self.path, outputs)
         steps = [step for step in self.record["steps"] if step["name"] != name]
         self.record["steps"] = [*steps, entry]
         self.save()
 
     def done(self, name: str, fingerprint: str) -> bool:
-        """Tell whether this run finished a step with this fingerprint."""
-        step = self.step(name)
-        return step is not None and step["fingerprint"] == fingerprint and step["status"] in ("ran", "reused")
+        """Tell whether this run finished a step with this fingerprint, and what it made is still as it was."""
+        step, outputs = self.step(name), self.record.get("outputs", {}).get(name, {})
+        finished = step is not None and step["fingerprint"] == fingerprint and step["status"] in ("ran", "reused")
+        return finished and outputs == _describe(self.path, outputs)
 
     def find_earlier(self, name: str, fingerprint: str, outputs: list[str]) -> Found | None:
         """Find the newest other run beside this one that finished the step, its outputs still there."""
@@ -115,26 +123,28 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Own the directory while the block runs. Raises: RunStateError that names the owner."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                owner = lock.read().strip() or "another process"
-                raise RunStateError(
-                    f"{self.path}: in use by {owner}. Wait for it, or take another --run-dir."
-                ) from None
-            lock.truncate(0)
-            lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
-            lock.flush()
+        with locked(self.path / ".lock", str(self.path), self.path, "Wait for it, or take another --run-dir."):
             yield
+
+
+def _describe(folder: Path, outputs: Iterable[str]) -> dict[str, Any]:
+    """Return size and hash of every file of the outputs; of checkpoints, which hold hashes of their own, the size."""
+    found: dict[str, Any] = {}
+    for output in outputs:
+        path = folder / output
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                name = str(file.relative_to(folder))
+                found[name] = [file.stat().st_size, None if "/checkpoints/" in name else sha256_file(file)]
+    return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path / RECORD)
     except ValueError as error:
+        if (path / "config.toml").exists():
+            return {}  # torn: begin a new one
         raise RunStateError(f"{path / RECORD}: not JSON ({error}). Take another --run-dir.") from error
     if not isinstance(record, dict) or not isinstance(record.get("steps"), list):
         raise RunStateError(
@@ -157,7 +167,7 @@ def unfinished(runs: Path, config_text: str) -> Path | None:
     for folder in sorted(runs.iterdir(), reverse=True):
         try:
             if (folder / "config.toml").read_text(encoding="utf-8") == config_text:
-                return None if _read_record(folder)["finished"] else folder
+                return None if _read_record(folder).get("finished") else folder
         except (OSError, UnicodeDecodeError, RunStateError):  # not a run, or one that never began
             continue
     return None

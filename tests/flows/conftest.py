@@ -4,7 +4,6 @@ They end with this folder's last test: Prefect's client draws from `random` in a
 hold still.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
+
+from tests.flows import service
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -49,14 +50,7 @@ def small() -> list[str]:
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., Any]:
-    def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-        end = time.monotonic() + seconds
-        while not (found := condition()):
-            assert time.monotonic() < end, f"after {seconds} s still no {what}"
-            time.sleep(0.1)
-        return found
-
-    return wait
+    return service.wait_until
 
 
 @pytest.fixture(scope="session")

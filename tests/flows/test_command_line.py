@@ -13,6 +13,7 @@ from flows.command_line import run_from_command_line
 from flows.plan_memory import plan_config
 from flows.train_model import train_model
 from memfit.files import read_json
+from tests.flows.service import alive_with
 
 pytestmark = pytest.mark.timeout(600)
 ONE_LONG_STAGE = "stages=[{name='only', epochs=1, global_batch_size=1, lr=1e-3}]"
@@ -68,15 +69,7 @@ def set_each(overrides: list[str]) -> list[str]:
 
 def others_with(marker: Path, but: int) -> list[int]:
     """List the living processes that carry a path in their environment, but for one."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environ, stat = (folder / "environ").read_bytes(), (folder / "stat").read_text()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if str(marker).encode() in environ and stat.rsplit(")")[1].split()[0] != "Z":
-            found.append(int(folder.name))
-    return [pid for pid in found if pid != but]
+    return [pid for pid in alive_with(str(marker)) if pid != but]
 
 
 def test_help_names_the_flow_and_the_options(says):
@@ -124,26 +117,48 @@ def test_plan_memory_prints_one_json_document_and_trains_nothing(says, trained, 
     assert [plan["stage"] for plan in summary["plans"]] == ["first", "second"]
 
 
-def test_ctrl_c_writes_a_checkpoint_and_ends_everything(command, home, root, tmp_path, folders, wait_until, trained):
-    options = [*set_each([ONE_LONG_STAGE]), "--store", folders["store"]]
-    log, stage = tmp_path / "log", tmp_path / "run/stages/1-only"
-    events = stage / "events.jsonl"
-    process = command(root / "configs/smoke.toml", *options, "--run-dir", tmp_path / "run", log=log)
-    try:
+@pytest.fixture
+def training(command, root, tmp_path, folders, wait_until, trained):
+    """Start the flow and wait until it trains; return its process, its log and the stage's folder."""
+    started = []
+
+    def start() -> tuple[subprocess.Popen, Path, Path]:
+        options = [*set_each([ONE_LONG_STAGE, "stages.0.checkpoint_every_steps=5"]), "--store", folders["store"]]
+        log, stage = tmp_path / "log", tmp_path / "run/stages/1-only"
+        process = command(root / "configs/smoke.toml", *options, "--run-dir", tmp_path / "run", log=log)
+        started.append(process)
+        events = stage / "events.jsonl"
         wait_until(
-            lambda: process.poll() is not None or (events.exists() and '"step": 5,' in events.read_text()),
+            lambda: process.poll() is not None or (events.exists() and '"step": 7,' in events.read_text()),
             240,
-            "fifth step of training",
+            "seventh step of training",
         )
-        assert len(others_with(home, but=process.pid)) == 2  # the training child and Prefect's server
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the flow and the server alike
-        code = process.wait(timeout=90)
-    finally:
+        return process, log, stage
+
+    yield start
+    for process in started:
         process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training, home, wait_until, stop):
+    process, log, stage = training()
+    assert len(others_with(home, but=process.pid)) == 2  # the training child and Prefect's server
+    os.killpg(process.pid, stop)  # as a terminal or a service manager does
+    code = process.wait(timeout=60)
     text = log.read_text()
     assert code == 75, text
     assert "stopped on request" in text
     assert "Finished in state Crashed" in text  # so the server lived to hear of it
     wait_until(lambda: not others_with(home, but=process.pid), 30, "end of what the flow had started")
     saved = read_json(stage / "checkpoints/last/checkpoint.json")
-    assert saved["step"] == json.loads(events.read_text().splitlines()[-1])["step"] >= 5
+    assert saved["step"] == json.loads((stage / "events.jsonl").read_text().splitlines()[-1])["step"] >= 7
+
+
+def test_a_flow_that_is_killed_leaves_a_checkpoint_and_no_process(training, home, wait_until):
+    process, _log, stage = training()
+    process.kill()
+    process.wait()
+    wait_until(lambda: not others_with(home, but=process.pid), 30, "end of what the flow had started")
+    assert read_json(stage / "checkpoints/last/checkpoint.json")["step"] >= 5

@@ -1,107 +1,29 @@
 """prefect.yaml against a real server and worker on the loopback interface: deploy, run, watch, refuse, cancel."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+
+from tests.flows.service import Service
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 ONE_STAGE = "stages=[{name='first', epochs=1, global_batch_size=2, lr=1e-3, max_steps=4}]"
 ONE_LONG_STAGE = "stages=[{name='only', epochs=1, global_batch_size=1, lr=1e-3}]"
 
 
-class Service:
-    """A Prefect server of the test's own, with one worker, and the prefect command pointed at it."""
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.root = folder, root
-        self.url = f"http://127.0.0.1:{self.port}/api"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MEMFIT_"))}
-        self.environment = {
-            **kept,
-            "PREFECT_HOME": str(folder / "home"),
-            "PREFECT_API_URL": self.url,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-            "COLUMNS": "200",
-        }
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, name: str, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:
-        """Start a prefect command that stays, in a process group of its own."""
-        with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *arguments],
-                cwd=self.folder,
-                env={**self.environment, **extra},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.processes.append(process)
-        return process
-
-    def stop(self) -> None:
-        """End what was started, the last first, and whatever those had started."""
-        for process in reversed(self.processes):
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a prefect command to its end, in the repository."""
-        line = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        return subprocess.run(line, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=300)
-
-    def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}{path}", timeout=30).raise_for_status().json()
-
-    def post(self, path: str, document: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=document, timeout=30)
-
-    def up(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
-
-
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, root, wait_until) -> Iterator[Service]:
+def service(tmp_path_factory, root) -> Iterator[Service]:
     """Server, work pool, both deployments, worker."""
     service = Service(tmp_path_factory.mktemp("service"), root)
     try:
-        server = service.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(service.port))
-        wait_until(lambda: service.up() or server.poll() is not None, 120, "Prefect server")
-        assert server.poll() is None, service.log("server")
+        service.start_server()
         for arguments in (["work-pool", "create", "memfit-process", "--type", "process"], ["deploy", "--all"]):
             done = service.prefect(*arguments)
             assert done.returncode == 0, done.stdout + done.stderr
-        worker = ["worker", "start", "--pool", "memfit-process", "--type", "process"]
-        service.start("worker", *worker, MEMFIT_HOME=str(root))
+        service.start_worker()
         yield service
     finally:
         service.stop()
@@ -118,19 +40,6 @@ def deployment(service: Service, name: str) -> dict[str, Any]:
 
 def num_flow_runs(service: Service) -> int:
     return int(service.post("/flow_runs/count", {}).json())
-
-
-def children_of(service: Service) -> list[int]:
-    """List the living memfit children whose environment names this test's Prefect home."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environ = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if b"memfit.process" in command and service.environment["PREFECT_HOME"].encode() in environ:
-            found.append(int(folder.name))
-    return found
 
 
 def test_smoke_deployment_runs_under_a_worker_and_leaves_artifacts(service, parameters):
@@ -183,7 +92,7 @@ def test_nightly_is_deployed_inactive_and_one_at_a_time(service):
     nightly = deployment(service, "nightly")
     (schedule,) = nightly["schedules"]
     assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 2 * * *", False)
-    assert nightly["parameters"] == {"config": "configs/weather_quick.toml"}
+    assert nightly["parameters"] == {"config": "configs/weather_quick.toml", "resume": True}
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert nightly["enforce_parameter_schema"]
@@ -202,9 +111,9 @@ def test_cancelled_run_leaves_a_checkpoint_and_no_child(service, parameters, wai
         return any('"step": 5,' in events.read_text() for events in runs.glob("*/stages/1-only/events.jsonl"))
 
     wait_until(trains, 240, "fifth step of training")
-    assert children_of(service)
+    assert service.started("memfit.process")
     service.post(f"{name}/set_state", {"state": {"type": "CANCELLING"}}).raise_for_status()
     wait_until(lambda: service.get(name)["state"]["type"] == "CANCELLED", 120, "cancelled run")
-    wait_until(lambda: not children_of(service), 60, "end of the training child")
+    wait_until(lambda: not service.started("memfit.process"), 60, "end of the training child")
     (checkpoint,) = runs.glob("*/stages/1-only/checkpoints/last/checkpoint.json")
     assert json.loads(checkpoint.read_text())["step"] >= 5

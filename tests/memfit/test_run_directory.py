@@ -53,8 +53,34 @@ def test_a_step_is_done_when_it_ended_with_the_same_fingerprint(runs, status, fi
     assert run.done("plan", "f") is done
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"steps": 3}'])
-def test_a_torn_record_is_named(runs, content):
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_torn_record_is_begun_again_where_there_is_a_config(runs, content):
+    create(runs / "a")
+    (runs / "a" / "run.json").write_text(content, encoding="utf-8")
+    assert RunDirectory(runs / "a").record == {}
+    (runs / "a" / "config.toml").unlink()
+    with pytest.raises(RunStateError, match=r"run\.json: not JSON"):
+        RunDirectory(runs / "a")
+
+
+@pytest.mark.parametrize(
+    ("damage", "done"),
+    [
+        (lambda folder: (folder / "weights").write_text("b", encoding="utf-8"), False),
+        (lambda folder: (folder / "weights").unlink(), False),
+        (lambda folder: (folder / "more").write_text("", encoding="utf-8"), True),
+        (lambda folder: None, True),
+    ],
+)
+def test_a_step_is_done_while_what_it_made_is_as_it_was(runs, damage, done):
+    run = create(runs / "a")
+    finish(run)
+    damage(run.path / "stages/1-first")
+    assert RunDirectory(run.path).done("train:first", "f") is done
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"steps": 3}'])
+def test_another_record_is_named(runs, content):
     create(runs / "a")
     (runs / "a" / "run.json").write_text(content, encoding="utf-8")
     with pytest.raises(RunStateError, match=r"run\.json"):
@@ -66,7 +92,7 @@ def finish(run: RunDirectory, step: str = "train:first", output: str = "stages/1
     folder.mkdir(parents=True)
     (folder / "weights").write_text(run.run_id, encoding="utf-8")
     (folder / "last").symlink_to("weights")
-    run.note(step, "f", "ran")
+    run.note(step, "f", "ran", outputs=[output])
 
 
 def test_finds_the_newest_run_that_finished_the_step(runs):
@@ -145,7 +171,7 @@ def test_a_locked_directory_names_its_owner_and_is_free_again_after_a_kill(runs)
     )
     with owner:
         assert owner.stdout.readline() == "locked\n"
-        with pytest.raises(RunStateError, match=rf'in use by .*"pid": {owner.pid}') as raised, run.locked():
+        with pytest.raises(RunStateError, match=rf"in use by process {owner.pid} .*alive") as raised, run.locked():
             pass
         assert str(run.path) in str(raised.value)
         owner.kill()
@@ -170,12 +196,14 @@ def test_finds_the_run_to_resume(runs):
 def test_what_is_no_run_is_not_resumed(runs):
     create(runs / "a")
     (runs / "torn").mkdir()
-    (runs / "torn" / "config.toml").write_text("same", encoding="utf-8")
+    (runs / "torn" / "config.toml").write_text("sa", encoding="utf-8")
     (runs / "torn" / "run.json").write_text("{", encoding="utf-8")
     (runs / "never").mkdir()
     (runs / "never" / "config.toml").write_text("same", encoding="utf-8")
     (runs / "zzz").write_text("a file", encoding="utf-8")
     assert unfinished(runs, "same") == runs / "a"
+    (runs / "torn" / "config.toml").write_text("same", encoding="utf-8")
+    assert unfinished(runs, "same") == runs / "torn"  # only its record is lost
 
 
 def test_the_environment_says_what_it_ran_on():

@@ -1,11 +1,12 @@
 import logging
+import threading
 import uuid
 
 import httpx
 import pytest
 
-from tasks import stage_progress
-from tasks.stage_progress import StageProgress, progress_key
+from tasks import publishing, stage_progress
+from tasks.stage_progress import Outbox, StageProgress, progress_key
 
 START = {"event": "stage_start", "epochs": 4, "steps_per_epoch": 25}
 
@@ -24,10 +25,21 @@ def epoch(number: int) -> dict:
     }
 
 
+class AtOnce:
+    """An outbox whose updates are seen in order, and all of them."""
+
+    def __init__(self, send) -> None:
+        self.put = send
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 def sent(monkeypatch) -> list[tuple[float, str]]:
     """Collect the updates instead of sending them to a server."""
     updates: list[tuple[float, str]] = []
+    monkeypatch.setattr(stage_progress, "Outbox", AtOnce)
     monkeypatch.setattr(stage_progress, "create_progress_artifact", lambda *_args, **_options: uuid.uuid4())
     monkeypatch.setattr(
         stage_progress,
@@ -73,14 +85,47 @@ def test_end_is_always_shown_with_its_origin(sent, clock):
     assert sent == [(100.0, "stage broad: reused from run-7")]
 
 
-def test_training_survives_a_server_that_is_away(sent, clock, monkeypatch, caplog):
+@pytest.mark.parametrize("call", ["create_progress_artifact", "update_progress_artifact"])
+def test_training_survives_a_server_that_is_away(sent, clock, monkeypatch, caplog, call):
     def away(*_args, **_options):
         raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(stage_progress, "update_progress_artifact", away)
-    monkeypatch.setattr(stage_progress, "get_run_logger", lambda: logging.getLogger("run"))
+    monkeypatch.setattr(stage_progress, call, away)
+    monkeypatch.setattr(publishing, "get_run_logger", lambda: logging.getLogger("run"))
     progress = StageProgress("broad")
     progress(START)
     clock[0] += 3
     progress(epoch(1))
-    assert "was not shown" in caplog.text
+    assert caplog.messages == ["progress of stage broad was not shown: ConnectError('refused')"]
+
+
+def test_a_stage_that_ends_in_an_error_shows_no_end(sent, clock):
+    StageProgress("broad").close(None)
+    assert sent == []
+
+
+def test_a_slow_server_gets_the_newest_update_and_holds_up_nobody():
+    answered, asked, sent = threading.Event(), threading.Event(), []
+
+    def send(update):
+        sent.append(update)
+        asked.set()
+        answered.wait(10)
+
+    outbox = Outbox(send)
+    outbox.put((0.1, "first"))
+    assert asked.wait(10)
+    for share in (0.2, 0.3, 1.0):
+        outbox.put((share, "later"))
+    answered.set()
+    outbox.close()
+    assert sent == [(0.1, "first"), (1.0, "later")]
+
+
+def test_the_run_goes_on_without_an_answer_to_the_last_update(monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(stage_progress, "CLOSING_SECONDS", 0.1)
+    outbox = Outbox(lambda _update: never.wait(10) and None)
+    outbox.put((1.0, "finished"))
+    outbox.close()
+    never.set()

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memfit.data.clock import read_clock, runs
+from memfit.data.limits import Room
 from memfit.data.source import RawSeries, iso
 from memfit.data.spec import GapPolicy
 from memfit.errors import DataError
@@ -44,6 +45,7 @@ def close_gaps(raw: RawSeries, names: Sequence[str], frequency: str, policy: Gap
     clock = read_clock(raw.times, frequency)
     # Before the ticks are laid out: a gap of a century must not take memory.
     _check_lengths(clock.gaps(), clock.tick, "rows", policy)
+    Room(1 + len(names)).take(int(clock.positions[-1]) + 1, f"a clock of {clock.frequency}, gaps filled")
     times = clock.times()
     numbers = np.full((len(times), len(names)), np.nan)
     numbers[clock.positions, 0] = raw.values

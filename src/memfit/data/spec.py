@@ -18,6 +18,13 @@ T = TypeVar("T")
 
 DEFAULT_CLASS_QUANTILES = (0.2, 0.4, 0.6, 0.8)
 
+MAX_SPAN = 1 << 20
+"""Most rows that a window, a lag or a filled gap may span: two years of minutes."""
+MAX_ENTRIES = 256
+"""Most entries in a list of lags, windows, quantiles or class edges."""
+MAX_FEATURES = 1 << 13
+"""Most features in all: a piece of them takes half a GiB while they are computed."""
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the choice nearest to a misspelled name, or nothing."""
@@ -59,6 +66,7 @@ class GapPolicy:
         known = self.policy in GAP_POLICIES
         require(known, "gaps.policy", f"one of {', '.join(GAP_POLICIES)}", self.policy)
         require(self.limit >= 1, "gaps.limit", "1 or more rows", self.limit)
+        require(self.limit <= MAX_SPAN, "gaps.limit", f"at most {MAX_SPAN} rows", self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +91,24 @@ class FeatureSpec:
     extra_mean_windows: tuple[int, ...] = (24, 168)
 
     def __post_init__(self) -> None:
+        self._check_lengths()
         try:
             names = feature_names(self.to_dict(), [])
         except ValueError as error:
             raise ConfigError(f"features.{error}") from error
         require(len(names) > 0, "features", "at least one feature of the value column", "none")
+
+    def _check_lengths(self) -> None:
+        for name, setting in vars(self).items():
+            entries = setting if isinstance(setting, tuple) else (setting,)
+            require(len(entries) <= MAX_ENTRIES, f"features.{name}", f"at most {MAX_ENTRIES} entries", len(entries))
+            longest = max((entry for entry in entries if isinstance(entry, int)), default=0)
+            require(longest <= MAX_SPAN, f"features.{name}", f"at most {MAX_SPAN} rows", longest)
+
+    def count(self, num_extras: int) -> int:
+        """Count the features of a series with so many extra columns."""
+        own, one = (len(feature_names(self.to_dict(), columns)) for columns in ([], [""]))
+        return own + (one - own) * num_extras
 
     @property
     def lookback(self) -> int:
@@ -131,6 +152,9 @@ class SeriesSpec:
         possible = min(shares) > 0 and sum(shares) < 1
         require(possible, "train_share and validation_share", "two shares that leave a test share", shares)
         require(self.context >= 1, "context", "1 or more rows", self.context)
+        require(self.context <= MAX_SPAN, "context", f"at most {MAX_SPAN} rows", self.context)
+        count = self.features.count(len(self.extra_columns))
+        require(count <= MAX_FEATURES, "features", f"at most {MAX_FEATURES} in all", count)
         require(math.isfinite(self.threshold), "threshold", "a finite number", self.threshold)
         self._check_classes()
         self._check_frequency()
@@ -139,6 +163,7 @@ class SeriesSpec:
         edges, quantiles = self.class_edges, self.class_quantiles
         require(not (edges and quantiles), "class_edges and class_quantiles", "one of the two", "both")
         for name, cuts in (("class_edges", edges), ("class_quantiles", quantiles)):
+            require(len(cuts or ()) <= MAX_ENTRIES, name, f"at most {MAX_ENTRIES} numbers", len(cuts or ()))
             rising = cuts is None or (len(cuts) > 0 and all(a < b for a, b in itertools.pairwise(cuts)))
             require(rising, name, "one or more rising numbers", cuts)
             require(all(map(math.isfinite, cuts or ())), name, "finite numbers", cuts)
@@ -152,7 +177,7 @@ class SeriesSpec:
 
         try:
             offset = pd.tseries.frequencies.to_offset(self.frequency)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise _wrong("frequency", '"auto", "irregular" or a pandas offset such as "1h"', self.frequency) from error
         require(offset is not None and offset.n > 0, "frequency", "a positive offset", self.frequency)
 

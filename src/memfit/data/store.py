@@ -23,11 +23,16 @@ def is_whole(directory: Path, name: str) -> bool:
         manifest = read_json(directory / "manifest.json")
         checksum, arrays = manifest.pop("checksum"), manifest["arrays"]
         unharmed = checksum == fingerprint(manifest) and manifest["fingerprint"] == name
-        return unharmed and all(
-            (directory / file).stat().st_size == told["bytes"] and sha256_file(directory / file) == told["sha256"]
-            for file, told in arrays.items()
+        plain = all(Path(file).name == file and file != ".." for file in arrays)  # none leads out of the directory
+        return (
+            unharmed
+            and plain
+            and all(
+                (directory / file).stat().st_size == told["bytes"] and sha256_file(directory / file) == told["sha256"]
+                for file, told in arrays.items()
+            )
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

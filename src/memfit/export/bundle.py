@@ -90,7 +90,7 @@ def check_request(card: Mapping[str, Any], support_files: Mapping[str, Path]) ->
     if taken:
         raise ExportError(f"card: {taken} are written by the export; leave them out")
     for name, path in support_files.items():
-        if name in OWN_FILES or Path(name).name != name:
+        if name in OWN_FILES or not infer.is_plain(name):
             raise ExportError(f"support file '{name}': expected a plain name other than {list(OWN_FILES)}")
         if not path.is_file():
             raise ExportError(f"support file '{name}': {path} is not there")

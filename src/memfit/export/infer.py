@@ -11,18 +11,40 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 CPU = "CPUExecutionProvider"
 BATCH_ROWS = 8  # of a self-check: attention over long windows takes memory by the row
+MAX_MODEL_BYTES = 2**31 - 1
+"""What one protobuf file holds."""
+MAX_CARD_BYTES = 2**26
+"""Largest model card."""
+MAX_LINE_CHARS = 2**18
+"""Longest line of a CSV file."""
+HARMLESS_BYTES = 2**28
+"""What the arrays of any .npz file may take; beyond it, MAX_EXPANSION times the file's size."""
+MAX_EXPANSION = 200
+ORT_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+ORT_TYPES = {"float32": "float", "float64": "double"}
+"""What onnxruntime calls numpy's dtypes, where it differs."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 UNIT_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "min": 60 * 10**9, "h": 3600 * 10**9}
 UNIT_NANOSECONDS |= {"D": 24 * UNIT_NANOSECONDS["h"], "W": 7 * 24 * UNIT_NANOSECONDS["h"]}
@@ -221,12 +243,65 @@ def to_iso(nanoseconds: Any) -> str:
     return (EPOCH + timedelta(microseconds=int(nanoseconds) // 1000)).isoformat().replace("+00:00", "Z")
 
 
+def is_plain(name: Any) -> bool:
+    """Say whether a name is that of a file in the folder itself, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", "..") and "\0" not in name and Path(name).name == name
+
+
+def check_card(path: Path, card: Any) -> dict[str, Any]:
+    """Return a card that is what this file understands. Raises BundleError."""
+    if not isinstance(card, dict) or card.get("schema") != 1:
+        schema = card.get("schema") if isinstance(card, dict) else type(card).__name__
+        raise BundleError(f"{path}: expected schema 1, got {schema}; take the infer.py beside it")
+    files, signature = card.get("files"), card.get("signature")
+    if not isinstance(files, dict) or not all(is_plain(name) and is_hashed(told) for name, told in files.items()):
+        raise BundleError(f"{path}: files: expected names in this folder, with sha256 and bytes; copy the bundle again")
+    for kind in ("inputs", "outputs"):
+        specs = signature.get(kind) if isinstance(signature, dict) else None
+        if not isinstance(specs, list) or not specs or not all(map(is_spec, specs)):
+            raise BundleError(f"{path}: signature.{kind}: expected names, shapes and dtypes; copy the bundle again")
+    return card
+
+
+def is_hashed(told: Any) -> bool:
+    """Say whether a file's entry has its size and hash."""
+    return isinstance(told, dict) and isinstance(told.get("sha256"), str) and isinstance(told.get("bytes"), int)
+
+
+def is_spec(spec: Any) -> bool:
+    """Say whether a signature's entry has a name, a shape of sizes and names, and a dtype of numpy."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("shape"), list):
+        return False
+    try:
+        np.dtype(str(spec.get("dtype")))
+    except TypeError:
+        return False
+    return isinstance(spec.get("name"), str) and all(isinstance(size, int | str) for size in spec["shape"])
+
+
+def check_graph(kind: str, specs: Sequence[Mapping[str, Any]], nodes: Sequence[Any]) -> None:
+    """Compare the graph's inputs or outputs with the card's: names, dtypes, ranks and fixed sizes."""
+    found = {node.name: node for node in nodes}
+    if set(found) != {spec["name"] for spec in specs}:
+        raise BundleError(f"model.onnx: {kind}: the card says {[s['name'] for s in specs]}, the graph {list(found)}")
+    for spec in specs:
+        node, shape = found[spec["name"]], spec["shape"]
+        dtype = f"tensor({ORT_TYPES.get(spec['dtype'], spec['dtype'])})"
+        sizes = [size if isinstance(size, int) else None for size in node.shape]
+        if node.type != dtype or sizes != [size if isinstance(size, int) else None for size in shape]:
+            raise BundleError(
+                f"model.onnx: {kind}: expected '{spec['name']}' as {dtype} {shape}, as the card says; "
+                f"got {node.type} {node.shape}"
+            )
+
+
 class Model:
     """The exported model: `predict` takes arrays in the units of the card's signature.
 
     folder: where model.onnx and model_card.json are; the folder of this file when None.
     providers: as onnxruntime takes them, in order of preference; the CPU when None. The first one must really run:
-    BundleError otherwise, or where a file is missing or was changed.
+    BundleError otherwise, where a file is missing or was changed, or where the graph is not what the card says.
+    The hashes show damage, not who made the bundle: `predict_series` runs its features.py as code.
     """
 
     def __init__(self, folder: str | Path | None = None, providers: Sequence[Any] | None = None) -> None:
@@ -322,18 +397,21 @@ class Model:
         path = self.folder / "model_card.json"
         if not path.is_file():
             raise BundleError(f"{path} is not there; give the folder that holds the exported model")
+        if path.stat().st_size > MAX_CARD_BYTES:
+            raise BundleError(f"{path}: expected at most {MAX_CARD_BYTES} bytes, got {path.stat().st_size}")
         try:
-            card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            card = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is not JSON: {error}; copy the bundle again") from error
-        if card.get("schema") != 1:
-            raise BundleError(f"{path}: expected schema 1, got {card.get('schema')}; take the infer.py beside it")
-        return card
+        return check_card(path, card)
 
     def _verified_path(self, name: str) -> Path:
         path, known = self.folder / name, self.card["files"].get(name)
         if known is None or not path.is_file():
             raise BundleError(f"{path} is not there, or the card does not list it; copy the whole bundle")
+        if path.stat().st_size != known["bytes"]:  # before it is read: it may be huge
+            told = f"sha256 {known['sha256']} and {known['bytes']} bytes"
+            raise BundleError(f"{path}: expected {told}, got {path.stat().st_size} bytes; copy the bundle again")
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != known["sha256"]:
@@ -346,7 +424,14 @@ class Model:
         absent = [name for name in wanted if name not in present]
         if absent:
             raise BundleError(f"provider {absent} is not in this onnxruntime, which has {present}")
-        session = onnxruntime.InferenceSession(self._verified_path("model.onnx"), providers=providers)
+        if self.card["files"].get("model.onnx", {}).get("bytes", 0) > MAX_MODEL_BYTES:
+            raise BundleError(f"model.onnx: expected at most {MAX_MODEL_BYTES} bytes; see the card")
+        try:
+            session = onnxruntime.InferenceSession(self._verified_path("model.onnx"), providers=providers)
+        except ORT_ERRORS as error:  # among them operators that are unknown, and weights outside the folder
+            raise BundleError(f"model.onnx: onnxruntime does not load it: {error}") from error
+        check_graph("inputs", self.inputs, session.get_inputs())
+        check_graph("outputs", self.outputs, session.get_outputs())
         # onnxruntime goes on with the CPU, silently, where a provider does not start.
         if session.get_providers()[0] != wanted[0]:
             raise BundleError(f"provider: expected {wanted[0]} to run, got {session.get_providers()}")
@@ -358,14 +443,32 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not there; expected an .npz file with one array per input")
     try:
+        if zipfile.is_zipfile(path):
+            check_expansion(path)
         with path.open("rb") as file:
             opened = np.load(file, allow_pickle=False)
             arrays = None if isinstance(opened, np.ndarray) else {name: opened[name] for name in opened.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: expected an .npz file of plain arrays; {error}") from error
     if arrays is None:
         raise InputError(f"{path}: expected an .npz file with one array per input, got a single .npy array")
     return arrays
+
+
+def check_expansion(path: Path) -> None:
+    """Refuse a zip file that says it expands further than arrays do; what is more than it says is never read."""
+    with zipfile.ZipFile(path) as opened:
+        num_bytes = sum(member.file_size for member in opened.infolist())
+    if num_bytes > max(HARMLESS_BYTES, MAX_EXPANSION * path.stat().st_size):
+        raise InputError(f"{path}: expected to expand to {MAX_EXPANSION} times its size at most, got {num_bytes} bytes")
+
+
+def short_lines(path: Path, opened: TextIO) -> Iterator[str]:
+    """Yield the lines of a text file. Raises InputError for one that is too long, without reading all of it."""
+    while line := opened.readline(MAX_LINE_CHARS + 1):
+        if len(line) > MAX_LINE_CHARS:
+            raise InputError(f"{path}: a line is longer than {MAX_LINE_CHARS} characters; expected a CSV file")
+        yield line
 
 
 def read_csv(path: Path, series: Mapping[str, Any], num_rows: int) -> tuple[list[int], Any, Any]:
@@ -374,11 +477,14 @@ def read_csv(path: Path, series: Mapping[str, Any], num_rows: int) -> tuple[list
     if not path.is_file():
         raise InputError(f"{path} is not there; expected a CSV file with columns {columns}")
     with path.open(newline="", encoding="utf-8-sig") as opened:
-        reader = csv.DictReader(opened)
+        reader = csv.DictReader(short_lines(path, opened))
         absent = [name for name in columns if name not in (reader.fieldnames or [])]
         if absent:
             raise InputError(f"{path}: column {absent} is not there; it has {reader.fieldnames}")
-        last = deque(((reader.line_num, [row[name] for name in columns]) for row in reader), maxlen=num_rows)
+        try:
+            last = deque(((reader.line_num, [row[name] for name in columns]) for row in reader), maxlen=num_rows)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}") from error
     times, numbers = [], np.empty((len(last), len(columns) - 1))
     for i, (line, cells) in enumerate(last):
         try:

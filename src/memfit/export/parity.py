@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch import nn
 
 from memfit.errors import ExportError
 from memfit.export.graph import EXAMPLE_BATCH
-from memfit.export.infer import BATCH_ROWS, CPU, MismatchError, compare, join_batches, split_batch
+from memfit.export.infer import BATCH_ROWS, CPU, ORT_ERRORS, MismatchError, compare, join_batches, split_batch
+from memfit.export.model_file import check_model_file
 from memfit.export.signature import Array, Signature, documents, named_sizes
 
 Tolerances = dict[str, dict[str, float]]
@@ -20,15 +20,6 @@ Tolerances = dict[str, dict[str, float]]
 DEFAULT_RTOL = 1e-5
 DEFAULT_ATOL_SHARE = 1e-5
 MIN_ROWS = 4
-ORT_ERRORS = (
-    ort_errors.EPFail,
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 
 
 def run_torch(
@@ -104,8 +95,8 @@ def check_parity(
     """Compare the ONNX file with the module: on all sample rows, and on a few in smaller batches.
 
     expected: `run_torch` of sample_inputs. Returns {"provider", "num_rows", "batches": [{"sizes", "num_rows",
-    "outputs": {name: figures}}]}; the figures are `infer.compare`'s. Raises ExportError with the figures where an
-    output is beyond its tolerance.
+    "outputs": {name: figures}}]}; the figures are `infer.compare`'s. Raises ExportError where `check_model_file`
+    refuses the file, and with the figures where an output is beyond its tolerance.
     """
     session = open_session(path)
     *smaller, largest = parity_sizes(named_sizes(inputs, sample_inputs))
@@ -135,7 +126,8 @@ def measure_all(
 
 
 def open_session(path: Path) -> Any:
-    """Open an ONNX file on the CPU, and make sure that it is the CPU."""
+    """Check an ONNX file, open it on the CPU, and make sure that it is the CPU."""
+    check_model_file(path)
     try:
         session = onnxruntime.InferenceSession(path, providers=[CPU])
     except ORT_ERRORS as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
-from memfit.process import Emit, is_out_of_memory
+from memfit.process import Emit, is_out_of_memory, lift_memory_limit
 from memfit.step import Batch, num_samples, tensors_of
 
 LATER_BYTES = 16 * 2**20
@@ -98,6 +98,7 @@ def within_budget(budget_bytes: int, device: str, phases: Phases, cure: str) -> 
     try:
         yield
     except Exception as error:
+        lift_memory_limit()
         cause = _shortage(error)
         if cause is None:
             raise

@@ -6,6 +6,7 @@ A checkpoint is a folder `step-N`; `last` and `best` are links to such folders, 
 import errno
 import os
 import pickle
+import re
 import secrets
 import shutil
 import warnings
@@ -27,6 +28,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )  # fmt: skip
 """What readers raise at files that are missing, torn, or hold code."""
+_STEP, _LINK = re.compile("step-[0-9]{1,18}"), re.compile("last|best|epoch-[0-9]+")
 _REFUSED = ("iostream error", "PytorchStreamWriter", "unexpected pos", "I/O error", "IoError", "os error")
 """What writers in C++ and Rust say where a disk refuses, instead of an OSError."""
 
@@ -63,7 +65,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-N` atomically, then point the links at it.
 
-    `record` is JSON-able and holds "step"; the hashes of the files are added to it.
+    `record` is JSON-able and holds "step", and "best_step" where an earlier one has the best weights so far (else 0 or
+    its own); the links and the hashes of the files are added to it.
     """
     target = checkpoints / f"step-{record['step']}"
     temporary = checkpoints / f".{target.name}.{secrets.token_hex(4)}.tmp"
@@ -71,7 +74,7 @@ def save_checkpoint(
     try:
         write_payload(temporary, weights, state)
         hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)}
-        write_json(temporary / RECORD, {**record, "sha256": hashes})
+        write_json(temporary / RECORD, {**record, "links": links, "sha256": hashes})
         if target.exists():  # the same step again, after a resume: out of the way first, so that no kill leaves half
             target.rename(checkpoints / f".{target.name}.{secrets.token_hex(4)}.old.tmp")
         temporary.rename(target)
@@ -102,8 +105,17 @@ def prune(checkpoints: Path, newest: int = 1) -> None:
 
 def _by_age(checkpoints: Path) -> list[Path]:
     """List the steps, the newest first."""
-    steps = [folder for folder in checkpoints.glob("step-*") if folder.name[5:].isdigit()]
+    steps = [folder for folder in checkpoints.glob("step-*") if _STEP.fullmatch(folder.name)]
     return sorted(steps, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def _check_names(record: dict[str, Any]) -> None:
+    """Refuse what would become a path that leads out of the folder of checkpoints. Raises: ValueError, TypeError."""
+    links, best = record.get("links", []), record.get("best_step", 0)
+    if not all(isinstance(link, str) and _LINK.fullmatch(link) for link in links):
+        raise ValueError(f"expected links last, best or epoch-N, got {links!r:.80}")
+    if not isinstance(best, int):
+        raise TypeError(f"expected a number as best_step, got {best!r:.80}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -113,6 +125,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         record = read_json(folder / RECORD)
+        _check_names(record)
         for name in (WEIGHTS, STATE):
             expected = record["sha256"][name]
             if (got := sha256_file(folder / name)) != expected:
@@ -137,10 +150,11 @@ def newest(
     log_bytes: int | None = None,
     warn: Callable[[str], None] = _warn,
 ) -> Checkpoint | None:
-    """Read the newest usable checkpoint; others are passed over with a warning.
+    """Read the newest usable checkpoint, and point its links at it; others are passed over with a warning.
 
     fingerprint: one of another is set aside under another name, where nothing prunes it. log_bytes: length of the event
-    log, which must reach as far as the checkpoint.
+    log, which must reach as far as the checkpoint. The best weights before it must be usable as well: they may be
+    needed yet.
     """
     for folder in _by_age(checkpoints):
         try:
@@ -153,8 +167,12 @@ def newest(
                 )
             if log_bytes is not None and found.state["progress"]["events_bytes"] > log_bytes:
                 raise CheckpointError(f"{folder}: the event log beside it ends before it: it is torn.")
+            if found.record.get("best_step", 0) not in (0, found.record["step"]):
+                load_checkpoint(checkpoints / f"step-{found.record['best_step']}")
         except CheckpointError as error:
-            warn(f"{error} Using the one before.")
+            warn(f"{error} Using the one before {folder.name}.")
         else:
+            for link in found.record.get("links", ()):  # a kill may have come between the two
+                point(checkpoints / link, folder.name)
             return found
     return None

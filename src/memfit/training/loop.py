@@ -177,7 +177,9 @@ class StageLoop:
             lr=lr,
             best=best,
         )
-        self._save(("last", "best") if best or progress.best_epoch == 0 else ("last",))
+        if best or progress.best_epoch == 0:
+            progress.best_step = progress.step
+        self._save(("last", "best") if progress.best_step == progress.step else ("last",))
 
     def _monitored(self, validation: Mapping[str, float | None]) -> float | None:
         if self.stage["monitor"] not in validation:
@@ -223,6 +225,6 @@ class StageLoop:
         if every and not progress.batch and progress.epoch % every == 0:
             links = (*links, f"epoch-{progress.epoch}")
         state = capture(self.step, self.schedule, progress)
-        record = {**self.record, "step": progress.step, "epoch": progress.epoch, "batch": progress.batch}
-        self.writer.write((self.step.model.state_dict(), state, record, links), wait=wait)
+        where = {name: getattr(progress, name) for name in ("step", "epoch", "batch", "best_step")}
+        self.writer.write((self.step.model.state_dict(), state, {**self.record, **where}, links), wait=wait)
         self._saved = time.perf_counter()

@@ -23,6 +23,8 @@ class Progress:
     """Optimizer steps completed."""
     best_value: float | None = None
     best_epoch: int = 0
+    best_step: int = 0
+    """Of the checkpoint with the best weights so far; 0: none yet."""
     epochs_since_best: int = 0
     seconds: float = 0.0
     """Training time so far, over all attempts."""

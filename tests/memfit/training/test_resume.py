@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from memfit.errors import Resumable
+from memfit.memory import enforcement
+from memfit.training import checkpoint, worker
 
 
 def disturb() -> None:
@@ -138,6 +140,43 @@ def test_a_torn_event_log_goes_back_to_a_checkpoint_that_it_reaches(attempts):
     os.truncate(torn.folder / "events.jsonl", 0)
     torn.run()
     assert_same(torn, whole)
+
+
+def test_torn_best_weights_are_trained_again(attempts):
+    """The third epoch scores worse: what it ends with cannot stand for the best."""
+    stage = {"epochs": 6, "optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0.0}}
+    whole, torn = attempts("whole", stage=dict(stage)), attempts("torn", stage=dict(stage))
+    whole.run()
+    with pytest.raises(Resumable):
+        torn.run(stop_after=55)
+    best = (torn.checkpoints / "best").resolve()
+    assert best != (torn.checkpoints / "last").resolve()
+    os.truncate(best / "model.safetensors", 99)
+    torn.run()
+    (message, *_) = [event["message"] for event in torn.emitted if event["event"] == "warning"]
+    assert best.name in message
+    assert_same(torn, whole)
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_link_loses_nothing(attempts, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(_link, _target):
+        raise Killed
+
+    whole, killed = attempts("whole"), attempts("killed")
+    monkeypatch.setattr(worker, "room_for_copies", lambda _plan: 0)
+    whole.run()
+    monkeypatch.setattr(checkpoint, "point", kill)
+    with pytest.raises(Killed):
+        killed.run()
+    assert [path.name for path in killed.checkpoints.iterdir()] == ["step-10"]
+    monkeypatch.undo()
+    monkeypatch.setattr(enforcement, "enforce_budget", lambda *_: None)
+    killed.run(stop_after=None)
+    assert_same(killed, whole)
+    assert (killed.checkpoints / "best").readlink() == (whole.checkpoints / "best").readlink()
 
 
 def test_checkpoints_of_another_config_are_set_aside_with_a_warning(attempts):
