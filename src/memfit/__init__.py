@@ -1,7 +1,7 @@
 """Training for PyTorch that fits the memory you have.
 
-`plan`, `estimate`, `TrainingProgram`, `TrainingStep` and `linear_cross_entropy` are here for one's own loops; torch is
-imported when one of them is asked for.
+`plan`, `estimate`, `TrainingProgram`, `TrainingStep` and `linear_cross_entropy` are for one's own loops. `Task` takes
+one's own model and data through memfit's pipeline. Torch is imported when one of them is asked for.
 """
 
 from importlib import import_module
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from memfit.memory.plan import Plan
     from memfit.recovery import RecoveringStep
     from memfit.step import TrainingProgram, TrainingStep
+    from memfit.workloads.custom import Task
 
 __version__ = "0.1.0"
 __all__ = [
-    "Device", "Estimate", "Plan", "RecoveringStep", "TrainingProgram", "TrainingStep", "__version__", "estimate",
-    "linear_cross_entropy", "plan",
+    "Device", "Estimate", "Plan", "RecoveringStep", "Task", "TrainingProgram", "TrainingStep", "__version__",
+    "estimate", "linear_cross_entropy", "plan",
 ]  # fmt: skip
 
 _ROOMS = {
@@ -27,6 +28,7 @@ _ROOMS = {
     "Estimate": "memfit.memory.estimate",
     "Plan": "memfit.memory.plan",
     "RecoveringStep": "memfit.recovery",
+    "Task": "memfit.workloads.custom",
     "TrainingProgram": "memfit.step",
     "TrainingStep": "memfit.step",
     "estimate": "memfit.memory.estimate",

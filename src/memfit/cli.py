@@ -1,6 +1,7 @@
-"""The command line: `memfit run | plan | train | evaluate | export | report | devices`, without Prefect."""
+"""The command line: `memfit init | run | plan | train | evaluate | export | report | devices`, without Prefect."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import memfit
-from memfit.errors import MemfitError, Resumable, RunStateError
+from memfit.errors import ConfigError, MemfitError, Resumable, RunStateError
 
 app = typer.Typer(
     help="Training for PyTorch that fits the memory you have: from data to a checked ONNX model.",
@@ -202,6 +203,18 @@ def report(
         runs=runs,
         store=store,
     )
+
+
+@app.command("init", help="Make a folder with a task of your own that runs at once: your model and data go in there.")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is not there yet, or empty.")],
+) -> None:
+    """Copy the template project."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: expected a folder that is not there yet, or empty. Choose another name.")
+    template = Path(__file__).with_name("template_project")
+    shutil.copytree(template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    typer.echo(f"{folder}: task.py, config.toml, README.md. Next: cd {folder} && memfit run config.toml")
 
 
 @app.command("devices", help="List what is here to train on, and the cards that can be planned for without being here.")

@@ -104,6 +104,12 @@ class RunView:
     def _warning(self, event: dict[str, Any]) -> None:
         self.console.print(f"      [yellow]{escape(event['message'])}[/yellow]")
 
+    def _spike(self, event: dict[str, Any]) -> None:
+        self.console.print(
+            f"      [yellow]step {event['step']}: update skipped, gradient norm {_figure(event['gradient_norm'])} "
+            f"against a median of {_figure(event['median'])}[/yellow]"
+        )
+
     def _layout(self, event: dict[str, Any]) -> None:
         self.console.print(f"      [yellow]{describe_change(event)}[/yellow]")
 

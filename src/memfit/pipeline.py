@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import memfit
-from memfit.config import RunConfig, Stage, load_config, to_toml
-from memfit.data.prepare import outline_series, prepare_series, prepared_fingerprint
-from memfit.data.spec import SeriesSpec
-from memfit.errors import ConfigError, DoesNotFitError, RunStateError
-from memfit.files import fingerprint, read_json, sha256_file, write_json, write_text
+from memfit.config import MIN_SAMPLES, RunConfig, Stage, load_config, to_toml
+from memfit.errors import ChildOutOfMemoryError, ConfigError, DoesNotFitError, RunStateError
+from memfit.files import disk_errors, fingerprint, read_json, sha256_file, write_json, write_text
 from memfit.locks import device_locked
 from memfit.memory.answers import what_would_fit
 from memfit.memory.budget import check_device, resolve_budget
@@ -30,14 +28,13 @@ from memfit.memory.planner import check_feasible, plan_stage, planning
 from memfit.memory.request import PlanRequest
 from memfit.process import Emit, run_child, start_template
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
-from memfit.workloads.registry import WORKLOADS
 
 PACKAGE = Path(memfit.__file__).parent
 _STEP = ("step.py", "chunked_loss.py", "memory/enforcement.py", "memory/host.py")
 CODE = {
     "data": ("data",),
     "plan": ("step.py", "chunked_loss.py", "process.py", "memory", "models", "workloads", "training"),
-    "train": (*_STEP, "models", "metrics", "workloads", "training"),
+    "train": (*_STEP, "recovery.py", "random_state.py", "models", "metrics", "workloads", "training"),
     "evaluate": (*_STEP, "models", "metrics", "workloads", "evaluation", "training/evaluate.py"),
     "export": (*_STEP, "models", "workloads", "export", "data/features.py"),
 }
@@ -125,7 +122,9 @@ class Pipeline:
         """Reuse, resume or run one step; the steps before it must be done."""
         count = len(self.steps)
         self.on_event({"event": "step_start", "step": step, "index": self.steps.index(step) + 1, "count": count})
-        self._performed[step]()
+        intact = f"Free space or restore {self.run.path}, and run it again: what was finished is intact."
+        with disk_errors(f"step {step!r}", intact):
+            self._performed[step]()
         entry = self.run.step(step)
         assert entry is not None
         self.on_event({"event": "step_end", **{k: entry[k] for k in ("name", "status", "from_run", "seconds")}})
@@ -152,22 +151,23 @@ class Pipeline:
     # prepare
 
     @cached_property
-    def _series(self) -> SeriesSpec:
-        return self.config.data.spec(self.config.context)
-
-    @cached_property
     def data_key(self) -> str:
         """Fingerprint the data: sources, settings and code."""
-        return str(prepared_fingerprint(self._series, code_version("data")))
+        return self.config.kind.fingerprint(self.config.data, self.config.model, code_version("data"))
 
     def _prepare(self) -> None:
         existed = (self.store / self.data_key / "manifest.json").exists()
         started = time.perf_counter()
         self.run.note("prepare", self.data_key, "running")
-        if not existed and not self._only_predicts:
+        if not existed and not self._only_predicts and self.config.kind.outlines:
             self._check_feasible()
-        path = prepare_series(
-            self._series, self.store, code_version=code_version("data"), fresh=self.fresh, on_progress=self._progress
+        path = self.config.kind.prepare(
+            self.config.data,
+            self.config.model,
+            self.store,
+            code_version=code_version("data"),
+            fresh=self.fresh,
+            on_progress=self._progress,
         )
         self.run.record["data_dir"] = str(path.resolve())
         reused = existed and not self.fresh
@@ -186,7 +186,7 @@ class Pipeline:
         """
         with tempfile.TemporaryDirectory(prefix="memfit-outline-") as folder:
             start_template(self._log("plan"))
-            outline_series(self._series, Path(folder) / "data")
+            self.config.kind.outline(self.config.data, self.config.model, Path(folder) / "data")
             different = {self._weight(stage): stage for stage in self.config.stages}.values()
             failure: DoesNotFitError | None = None
             for variant in self._variants:
@@ -218,6 +218,7 @@ class Pipeline:
     def _job(self, stage: Stage, data_dir: str | None = None) -> dict[str, Any]:
         return {
             "workload": self.config.workload,
+            "min_micro_batch_size": self.config.kind.min_micro_batch_size(self.config.model),
             "data_dir": data_dir or self.run.record["data_dir"],
             "model": {"variant": next(iter(self._variants)), "variants": self._variants},
             "loss": stage.loss.model_dump(mode="json"),
@@ -338,7 +339,7 @@ class Pipeline:
             deadline_seconds=settings.deadline_seconds,
             estimate_only=settings.estimate_only,
             user_devices=settings.devices,
-            min_micro_batch_size=WORKLOADS[self.config.workload].min_micro_batch_size,
+            min_micro_batch_size=self.config.kind.min_micro_batch_size(self.config.model),
             known=known,
             log=self._log("plan"),
         )
@@ -491,8 +492,17 @@ class Pipeline:
             "plan": [{k: v for k, v in plan.to_dict().items() if k != "probes"} for plan in self.plans],
         }
         job = {"export_dir": str(self.run.path / "export"), **settings, "card": card}
-        target = "memfit.export.worker:run"
-        self._do("export", key, ["export"], lambda: self._child("export", target, {**self._finished_job(), **job}))
+        self._do("export", key, ["export"], lambda: self._export_through({**self._finished_job(), **job}))
+
+    def _export_through(self, job: dict[str, Any]) -> None:
+        """Export; where memory runs out, once more with as few sample rows as parity is checked on."""
+        run = partial(run_child, "memfit.export.worker:run", log=self._log("export"), on_event=self.on_event)
+        outcome = run(job)
+        if outcome.status == "oom" or outcome.error == ChildOutOfMemoryError.__name__:
+            said = f"{outcome.message} Tried once more with {MIN_SAMPLES} sample rows."
+            self.on_event({"event": "warning", "message": said})
+            outcome = run({**job, "samples": MIN_SAMPLES})
+        outcome.unwrap("step 'export'")
 
     def _report(self) -> None:
         started = time.perf_counter()

@@ -118,14 +118,17 @@ class RecoveringStep(TrainingStep):
                 self.shrink(self._size(batch), "out_of_memory", "train_step", message)
 
     def update(self) -> tuple[Tensor, bool]:
-        """Update the weights. Raises: UpdateInterruptedError where memory runs out; never repeats."""
+        """Update the weights. Raises: UpdateInterruptedError where memory runs out, on any rank; never repeats."""
+        message = ""
         try:
-            return super().update()
+            done = super().update()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             message = str(error)[:300] or type(error).__name__
-        raise UpdateInterruptedError(message)
+        if _any_rank(bool(message), self.layout.device):
+            raise UpdateInterruptedError(message or "memory ran out on another rank")
+        return done
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on with the layout of a checkpoint: `asdict(step.state)` of when it was written."""

@@ -157,7 +157,8 @@ class StepStats:
     losses: dict[str, float]
     gradient_norm: float
     stepped: bool = True
-    """False where a gradient was not finite (under fp16: the loss scaler overflowed) and the update was skipped."""
+    """False where the update was skipped: a gradient was not finite (under fp16: the loss scaler overflowed), or its
+    norm was not accepted."""
     loss_scale: float = 1.0
     num_samples: int = 0
     seconds: float = 0.0
@@ -233,7 +234,7 @@ def loss_terms(program: TrainingProgram, model: nn.Module, batch: Batch) -> Mapp
 
 def term_counts(program: TrainingProgram, batch: Batch) -> Mapping[str, float] | None:
     """Count how much each term weighs over a batch, or None where every term counts samples."""
-    return None if program.count is None else program.count(batch)
+    return None if program.count is None else program.count(batch) or None
 
 
 def num_ranks() -> int:
@@ -276,6 +277,8 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
     clip: float | None = None
     """Largest total gradient norm, or None."""
+    accepts: Callable[[float], bool] | None = None
+    """Asked, if given, with the gradient norm before clipping whether to update; the gradients are dropped if not."""
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -333,7 +336,11 @@ class TrainingStep:
         """Unscale, clip, step and zero; return the gradient norm before clipping and whether it stepped."""
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
-        stepped = self._step_with_scaler() if self.scaler.is_enabled() else self._step_if_finite(norm)
+        if self.accepts is not None and not self.accepts(float(norm)):
+            self.scaler.update()
+            stepped = False
+        else:
+            stepped = self._step_with_scaler() if self.scaler.is_enabled() else self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, stepped
 

@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 def build(config, variant: str):
     """Build a variant as the workload does, with made-up normalization."""
-    spec = config.data.spec(config.context)
+    spec = config.kind.spec(config.data, config.model)
     num_features = len(feature_names(spec.features.to_dict(), list(spec.extra_columns)))
     cuts = spec.class_edges or spec.class_quantiles or (0.2, 0.4, 0.6, 0.8)
     return build_multiscale(
@@ -47,7 +47,9 @@ def test_its_model_maps_rows_to_three_heads(config):
     wanted = next(iter(config.model.all_variants()))
     model = build(config, wanted).eval()
     with torch.no_grad():
-        outputs = model(torch.rand(2, config.context), torch.rand(2, model.num_features))
+        outputs = model(
+            torch.rand(2, config.kind.spec(config.data, config.model).context), torch.rand(2, model.num_features)
+        )
     assert outputs["value"].shape == outputs["exceeds_logit"].shape == (2,)
     assert outputs["class_logits"].shape[0] == 2
 

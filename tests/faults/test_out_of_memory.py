@@ -1,5 +1,6 @@
 """Memory that runs out in mid-training: at any allocation of any phase, the run ends as it would have without."""
 
+import contextlib
 import gc
 import itertools
 import threading
@@ -10,8 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memfit.errors import DoesNotFitError
-from memfit.process import run_child
+from memfit import pipeline as pipelines
+from memfit.config import load_config
+from memfit.errors import DoesNotFitError, MemfitError
+from memfit.pipeline import open_run
+from memfit.process import Outcome, run_child
 from memfit.recovery import MAX_SPLITS, RecoveringStep
 from memfit.step import StepLayout, TrainingProgram, TrainingStep
 from memfit.training import worker, writer
@@ -375,3 +379,29 @@ def test_other_errors_are_raised_as_they_are():
     step = recovering(loss=lambda model, batch: model(batch["z"]))
     with pytest.raises(KeyError, match="z"):
         step(batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fails"),
+    [
+        (Outcome("oom", message="died of SIGABRT", error="SIGABRT"), Outcome("ok"), None),
+        (Outcome("failed", message="in phase 'parity'", error="ChildOutOfMemoryError"), Outcome("ok"), None),
+        (Outcome("oom", message="m"), Outcome("oom", message="m", phase="graph"), "phase 'graph'.*Raise the budget"),
+        (Outcome("failed", message="differs", error="ExportError"), None, "differs"),
+    ],
+)
+def test_an_export_that_runs_out_is_done_once_more_with_the_fewest_rows(
+    tiny_config, tmp_path, monkeypatch, first, second, fails
+):
+    outcomes, samples, events = iter([first, second]), [], []
+
+    def child(_target, job, **_settings):
+        samples.append(job["samples"])
+        return next(outcomes)
+
+    monkeypatch.setattr(pipelines, "run_child", child)
+    run = open_run(load_config(tiny_config), runs=tmp_path / "runs", store=tmp_path / "store", on_event=events.append)
+    with pytest.raises(MemfitError, match=fails) if fails else contextlib.nullcontext():
+        run._export_through({"samples": 8})
+    assert samples == ([8, 4] if second else [8])
+    assert [event["event"] for event in events] == (["warning"] if second else [])

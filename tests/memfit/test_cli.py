@@ -211,3 +211,13 @@ def test_sigterm_in_mid_training_writes_a_checkpoint_and_resume_ends_the_run(tin
     events = [json.loads(line) for line in lines]
     assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 251))
     assert events[-1]["event"] == "stage_end"
+
+
+def test_init_makes_a_folder_that_runs_and_overwrites_nothing(tmp_path, run_cli):
+    status, out, _ = run_cli("init", tmp_path / "mine")
+    assert status == 0
+    assert "memfit run config.toml" in out
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"task.py", "config.toml", "README.md"}
+    status, _, err = run_cli("init", tmp_path / "mine")
+    assert status == 2
+    assert "or empty" in err

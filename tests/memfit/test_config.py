@@ -6,8 +6,9 @@ import tomllib
 import pytest
 from pydantic import ValidationError
 
-from memfit.config import MAX_CONFIG_BYTES, MONITORS, RunConfig, load_config, to_toml
+from memfit.config import MAX_CONFIG_BYTES, config_class, load_config, to_toml
 from memfit.errors import ConfigError
+from memfit.workloads.registry import WORKLOADS, load_kind
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_defaults_and_overrides_arrive(load):
     assert config.data.unit == "kW"
     assert config.plan.budget == "80%"
     assert config.stages[0].patience == 15
-    assert config.context == 8
+    assert config.kind.spec(config.data, config.model).context == 8
 
 
 def test_overrides_make_tables_that_the_file_left_out(load):
@@ -184,8 +185,9 @@ def test_what_is_written_out_is_the_same_config_with_every_default(load, tmp_pat
     assert document["plan"]["deadline_seconds"] == 300.0
 
 
-def test_every_setting_is_described():
-    schema = RunConfig.model_json_schema()
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_setting_is_described(workload):
+    schema = config_class(workload).model_json_schema()
     parts = {"RunConfig": schema, **schema["$defs"]}
     bare = [
         f"{name}.{key}"
@@ -206,7 +208,7 @@ def test_every_metric_of_the_workload_may_be_monitored():
 
     one = [1.0, 2.0]
     scores = series_scores(one, one, [0, 1], [0, 1], [True, False], [True, False], 2)
-    assert set(MONITORS["series"]) == {"total", *TERMS, *scores}
+    assert set(load_kind("series").monitors) == {"total", *TERMS, *scores}
 
 
 @pytest.mark.parametrize(
@@ -236,13 +238,20 @@ def test_a_full_model_brings_its_light_variant(load):
 
 def test_the_context_is_the_longest_window_of_any_variant(load):
     config = load("model.variants.longer={windows=[4, 8, 20]}")
-    assert config.context == 20
+    assert config.kind.spec(config.data, config.model).context == 20
 
 
 def test_the_data_spec_carries_every_setting(load):
     config = load("data.gaps={policy='interpolate', limit=3}")
-    spec = config.data.spec(config.context)
+    spec = config.kind.spec(config.data, config.model)
     assert spec.context == 8
     assert (spec.gaps.policy, spec.gaps.limit) == ("interpolate", 3)
     assert spec.features.lags == (1, 2, 3)
     assert spec.threshold == 10.5
+
+
+def test_another_workload_is_named_with_the_nearest(load):
+    with pytest.raises(ConfigError, match=r"workload: expected one of series.*got 'seris'; the nearest one is series"):
+        load("workload=seris")
+    with pytest.raises(ConfigError, match="got 3"):
+        load("workload=3")

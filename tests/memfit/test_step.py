@@ -227,6 +227,24 @@ def test_without_a_scaler_a_gradient_that_is_not_finite_leaves_the_weights_alone
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_norm_that_is_not_accepted_changes_nothing(precision):
+    asked = []
+    step = new_step(StepLayout(2, precision=precision), clip=1.0)
+    while not step(masked_batch(8)).stepped:  # until the loss scaler has found its scale
+        pass
+    step.accepts = lambda norm: asked.append(norm) or len(asked) > 1
+    before = {name: p.clone() for name, p in step.model.state_dict().items()}
+    refused = step(masked_batch(8))
+    assert not refused.stepped
+    assert asked == [pytest.approx(refused.gradient_norm)]
+    assert all(torch.equal(p, before[name]) for name, p in step.model.state_dict().items())
+    assert all(p.grad is None for p in step.model.parameters())
+    accepted = step(masked_batch(8))
+    assert accepted.stepped
+    assert accepted.gradient_norm == refused.gradient_norm
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clips_the_unscaled_gradient_and_reports_its_norm_before(precision):
     batch = masked_batch(13)
     free = new_step(StepLayout(4, precision=precision))

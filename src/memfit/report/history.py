@@ -101,6 +101,8 @@ class StageHistory:
     end: dict[str, Any] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    """Updates that were skipped."""
     steps: dict[str, ThinnedSeries] = field(default_factory=lambda: {name: ThinnedSeries() for name in STEP_SERIES})
     """`loss`, `gradient_norm`, `lr` and `seconds`."""
     num_steps: int = 0
@@ -136,6 +138,8 @@ class StageHistory:
                 self._take_step(event)
             case "epoch":
                 self.epochs.append(event)
+            case "spike":
+                self.spikes.append(event)
             case "resume":
                 self._rewind(event)
             case "stage_end":
@@ -159,6 +163,7 @@ class StageHistory:
             return
         self.num_steps = int(step)
         self.epochs = [epoch for epoch in self.epochs if (finite(epoch.get("step")) or -math.inf) <= step]
+        self.spikes = [spike for spike in self.spikes if (finite(spike.get("step")) or -math.inf) <= step]
         for series in self.steps.values():
             series.rewind(step)
 

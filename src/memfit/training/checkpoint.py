@@ -70,7 +70,7 @@ def save_checkpoint(
     """
     target = checkpoints / f"step-{record['step']}"
     temporary = checkpoints / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
+    temporary.mkdir()  # and no parents: a folder that has vanished is not made up
     try:
         write_payload(temporary, weights, state)
         hashes = {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)}

@@ -79,9 +79,10 @@ def evaluate_split(
             batch = map_tensors(lambda tensor: tensor.to(layout.device), host)
             with evaluating(layout):
                 losses, predictions = workload.loss(model, batch), workload.predict(model, batch)
-            for term, count in workload.count(host).items():
-                sums[term] = sums.get(term, 0.0) + float(losses[term])
-                counts[term] = counts.get(term, 0.0) + count
+            counted = workload.count(host)
+            for term, loss in losses.items():
+                sums[term] = sums.get(term, 0.0) + float(loss)
+                counts[term] = counts.get(term, 0.0) + counted.get(term, num_samples(host))
             for name, tensor in predictions.items():
                 part = tensor.float().cpu().numpy()
                 if name not in found:

@@ -19,6 +19,7 @@ from memfit.training.events import EventLog
 from memfit.training.memory_watch import MemoryWatch
 from memfit.training.numbers import first_bad
 from memfit.training.optimizers import Schedule
+from memfit.training.spikes import SpikeGuard
 from memfit.training.stage import Progress, capture, sample_order
 from memfit.training.writer import CheckpointWriter
 from memfit.workloads.base import Workload
@@ -51,6 +52,9 @@ class StageLoop:
 
     def __post_init__(self) -> None:
         self.step.on_change, self.step.relieve = self.note_change, self.writer.give_way
+        factor, progress = self.stage["skip_spikes"], self.progress
+        self._spikes = SpikeGuard(factor, progress.norms, progress.spikes_in_a_row) if factor else None
+        self.step.accepts = self._spikes.accepts if self._spikes else None
 
     def run(self) -> str:
         """Train to the end; return why it ended: epochs, early_stopping or max_steps.
@@ -124,7 +128,22 @@ class StageLoop:
             loss_scale=stats.loss_scale,
             seconds=stats.seconds,
         )
+        if self._spikes is not None:
+            self._note_spike(self._spikes, stats, indices)
         self._check_numbers(stats, indices)
+
+    def _note_spike(self, spikes: SpikeGuard, stats: StepStats, indices: np.ndarray) -> None:
+        if spikes.in_a_row > self.progress.spikes_in_a_row:
+            self.progress.skipped += 1
+            self.events.write(
+                "spike",
+                step=self.progress.step,
+                gradient_norm=stats.gradient_norm,
+                median=spikes.last_median,
+                factor=spikes.factor,
+                samples=indices.tolist(),
+            )
+        self.progress.spikes_in_a_row = spikes.in_a_row
 
     def _check_numbers(self, stats: StepStats, indices: np.ndarray) -> None:
         # An overflow is the loss scaler's business, until scaling down did not help.

@@ -13,13 +13,12 @@ from memfit.step import Batch, TrainingProgram
 from memfit.training.checkpoint import write_payload
 from memfit.training.optimizers import build_optimizer, freeze_all_but
 from memfit.workloads.base import Workload
-from memfit.workloads.registry import WORKLOADS, load_workload
+from memfit.workloads.registry import load_workload
 
 
 def from_job(job: Mapping[str, Any]) -> TrainingProgram:
-    """Build the program of a job: {workload, data_dir, model, loss, stage}."""
-    known = WORKLOADS[job["workload"]]
-    return stage_program(load_workload(job), job["stage"], known.min_micro_batch_size)
+    """Build the program of a job: {workload, data_dir, model, loss, stage, min_micro_batch_size}."""
+    return stage_program(load_workload(job), job["stage"], job.get("min_micro_batch_size", 1))
 
 
 def stage_program(workload: Workload, stage: Mapping[str, Any], min_micro_batch_size: int = 1) -> TrainingProgram:

@@ -36,6 +36,11 @@ class Progress:
     """Samples of the epoch under way."""
     eval_batch_size: int = 0
     """What evaluation came down to where memory ran out; 0: as planned."""
+    norms: list[float] = field(default_factory=list)
+    """What `SpikeGuard` remembers, as the next."""
+    spikes_in_a_row: int = 0
+    skipped: int = 0
+    """Updates that were skipped as spikes."""
 
     def improves(self, value: float | None, mode: str) -> bool:
         """Tell whether a monitored value is the best so far; one that is undefined or not a number never is."""

@@ -85,7 +85,7 @@ def _train(
     stage = job["stage"]
     phases("build")
     seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))
-    program = stage_program(workload, stage)
+    program = stage_program(workload, stage, job.get("min_micro_batch_size", 1))
     model = program.build(plan.variant)
     if job["initial_weights"] is not None:
         model.load_state_dict(load_checkpoint(Path(job["initial_weights"])).weights)
@@ -142,6 +142,7 @@ def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str,
         "best_value": progress.best_value,
         "epochs": progress.epoch,
         "steps": progress.step,
+        "skipped_updates": progress.skipped,
         "seconds": progress.seconds,
     }
 

@@ -47,7 +47,7 @@ class Workload(Protocol):
         """Return a weighted sum per term."""
 
     def count(self, batch: Batch) -> Mapping[str, float]:
-        """Return how much each term of a batch counts."""
+        """Return how much each term of a batch counts; a term that is not named counts samples."""
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return predictions in the user's units, one row per sample."""

@@ -1,5 +1,6 @@
-"""Workloads by name, built in a child from what the pipeline hands over."""
+"""Workloads by name: what the parent knows of them, and what a child builds from what the pipeline hands over."""
 
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -7,22 +8,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from memfit.workloads.base import Workload
+    from memfit.workloads.kind import Kind
 
 
 class Known(NamedTuple):
-    """What the pipeline knows of a workload without importing it, and torch with it."""
+    """Where a workload is, as module:name; nothing is imported before it is asked for."""
 
-    module: str
-    name: str
-    min_micro_batch_size: int = 1
-    """The fewest samples that its loss or its batch statistics make sense of."""
+    kind: str
+    """For the parent: needs no torch."""
+    workload: str
+    """For children."""
 
 
-WORKLOADS = {"series": Known("memfit.workloads.series", "SeriesWorkload")}
+WORKLOADS = {"series": Known("memfit.workloads.series_settings:SeriesKind", "memfit.workloads.series:SeriesWorkload")}
+
+
+CUSTOM = Known("memfit.workloads.custom_settings:CustomKind", "memfit.workloads.custom:load")
+"""A user's own; both take the import path first."""
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""package.module:function."""
+
+
+def is_known(name: str) -> bool:
+    """Tell whether a workload is one of memfit's, or an import path."""
+    return name in WORKLOADS or IMPORT_PATH.fullmatch(name) is not None
+
+
+def load_kind(name: str) -> "Kind":
+    """Return what the parent knows of a workload."""
+    build: Callable[..., Kind] = _find((WORKLOADS.get(name) or CUSTOM).kind)
+    return build() if name in WORKLOADS else build(name)
 
 
 def load_workload(job: Mapping[str, Any]) -> "Workload":
     """Build the workload of a job: its keys workload, data_dir, model and loss."""
-    known = WORKLOADS[job["workload"]]
-    build: Callable[..., Workload] = getattr(import_module(known.module), known.name)
-    return build(Path(job["data_dir"]), job["model"], job["loss"])
+    name, settings = job["workload"], (Path(job["data_dir"]), job["model"], job["loss"])
+    build: Callable[..., Workload] = _find((WORKLOADS.get(name) or CUSTOM).workload)
+    return build(*settings) if name in WORKLOADS else build(name, *settings)
+
+
+def _find(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)

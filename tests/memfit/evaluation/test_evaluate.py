@@ -49,6 +49,7 @@ def job(tmp_path, prepared, tiny_model, monkeypatch):
     monkeypatch.setattr(enforcement, "enforce_budget", lambda *_: None)
     torch.manual_seed(0)
     model = SeriesWorkload(prepared, tiny_model, {}).variants()["light"]()
+    (tmp_path / "checkpoints").mkdir()
     save_checkpoint(tmp_path / "checkpoints", model.state_dict(), {}, {"step": 1}, ("best",))
     return {
         "workload": "series",

@@ -43,6 +43,7 @@ def export(tmp_path, prepared, tiny_model):
     """Export an untrained net in a child: `export(plan)`."""
     torch.manual_seed(0)
     model = SeriesWorkload(prepared, tiny_model, {}).variants()["light"]()
+    (tmp_path / "checkpoints").mkdir()
     save_checkpoint(tmp_path / "checkpoints", model.state_dict(), {}, {"step": 1}, ("best",))
 
     def run(chosen: Plan):

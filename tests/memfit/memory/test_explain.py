@@ -145,7 +145,9 @@ def test_an_error_raised_from_one_of_memory_is_explained(script):
 
 
 def test_an_interrupt_reaches_the_script(script):
-    text = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    exit(7)"
+    text = (
+        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    exit(7)"
+    )
     command = [sys.executable, "-m", "memfit.cli", "explain-oom", str(script(text))]
     with subprocess.Popen(
         command,

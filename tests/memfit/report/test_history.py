@@ -103,3 +103,11 @@ def test_reading_a_long_log_takes_bounded_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 2
+
+
+def test_skipped_updates_are_kept_but_for_those_that_were_run_again():
+    history = StageHistory("coarse")
+    for step in (3, 8):
+        history.take({"event": "spike", "step": step})
+    history.take({"event": "resume", "step": 5})
+    assert [spike["step"] for spike in history.spikes] == [3]

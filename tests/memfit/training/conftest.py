@@ -56,6 +56,7 @@ def make_stage(**changes) -> dict:
         "monitor_mode": "min",
         "patience": 15,
         "clip": 1.0,
+        "skip_spikes": 0.0,
         "checkpoint_every_steps": 0,
         "checkpoint_every_minutes": 0,
         "keep_checkpoints": 1,

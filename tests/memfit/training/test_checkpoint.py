@@ -17,6 +17,7 @@ STATE = {"optimizer": {"lr": 0.1, "moment": torch.ones(3)}, "progress": {"epoch"
 
 
 def save(folder, step: int, links=("last",), **record):
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(step)
     return save_checkpoint(folder, nn.Linear(3, 2).state_dict(), STATE, {"step": step, **record}, links)
 

@@ -30,7 +30,7 @@ def first(workload, count: int, split: str = "train"):
 
 def test_is_found_by_name_with_what_a_job_carries(prepared, tiny_model):
     job = {"workload": "series", "data_dir": str(prepared), "model": tiny_model, "loss": {}, "more": 1}
-    assert type(load_workload(job)).__name__ == WORKLOADS["series"].name
+    assert type(load_workload(job)).__name__ == WORKLOADS["series"].workload.split(":")[1]
 
 
 def test_a_batch_holds_only_what_lies_before_its_target(workload):

@@ -56,19 +56,21 @@ def headline(run: Run) -> Headline:
 
 
 def verdict(run: Run) -> tuple[str, str]:
-    """Return the result in one sentence and its tone: the error beside that of the best simple baseline."""
-    error = finite(mapping(run.evaluation, "metrics").get("mae"))
-    if error is None:
-        return "No result yet: this run has not been evaluated.", "pending"
-    ours = f"MAE {number_text(error)} {run.unit}".strip()
+    """Return the result in one sentence and its tone: the deciding score beside that of the best simple baseline."""
+    about = measure(_deciding(run))
+    score = finite(mapping(run.evaluation, "metrics").get(_deciding(run)))
+    if score is None:
+        why = f"it has no {about.label}" if run.evaluation else "this run has not been evaluated"
+        return f"No result yet: {why}.", "pending"
+    ours = f"{about.label} {about.write(score)} {run.unit if about.kind == 'unit' else ''}".strip()
     rows = finite(run.evaluation.get("num_rows"))
     where = f" on {count_text(rows)} test rows" if rows is not None else ""
     rival = _best_baseline(run)
     if rival is None:
         return f"{ours}{where}; no baseline to compare with.", "pending"
     name, value = rival
-    gain = improvement("mae", error, value)
-    theirs = f"{ours}{where}; {name} has {number_text(value)}"
+    gain = improvement(_deciding(run), score, value)
+    theirs = f"{ours}{where}; {name} has {about.write(value)}"
     if abs(gain) < LEVEL:
         return f"{theirs}: level with it, so the model adds nothing to the simplest guess.", "warn"
     if gain > 0:
@@ -82,16 +84,20 @@ def _percent(gain: float) -> str:
 
 
 def _best_baseline(run: Run) -> tuple[str, float] | None:
-    """Return the baseline with the lowest MAE: to win against a weaker one says little."""
-    errors = {
-        name: value
-        for name, scores in mapping(run.evaluation, "baselines").items()
-        if isinstance(scores, dict) and (value := finite(scores.get("mae"))) is not None
-    }
-    if not errors:
+    """Return the baseline with the best deciding score: to win against a weaker one says little."""
+    deciding, known = _deciding(run), {}
+    for name, scores in mapping(run.evaluation, "baselines").items():
+        if isinstance(scores, dict) and (value := finite(scores.get(deciding))) is not None:
+            known[name] = value
+    if not known or not measure(deciding).better:
         return None
-    best = min(errors, key=lambda name: errors[name])
-    return best.replace("_", " "), errors[best]
+    best = (min if measure(deciding).better == "lower" else max)(known, key=lambda name: known[name])
+    return best.replace("_", " "), known[best]
+
+
+def _deciding(run: Run) -> str:
+    """Name the score that decides, as the workload says."""
+    return str(run.evaluation.get("headline") or "mae")
 
 
 def _status(run: Run) -> Cell:

@@ -49,6 +49,7 @@ def training(run: Run) -> Section:
         return pending("training", title, "no stage has started")
     blocks: list[Block] = [_stage_table(run.stages)]
     blocks += [_resume_note(stage) for stage in run.stages if stage.resumes]
+    blocks += [_spike_note(stage) for stage in run.stages if stage.spikes]
     blocks += _undefined_notes(run.stages)
     if not any(stage.epochs for stage in run.stages):
         blocks.append(Note("Not yet: no epoch has ended.", "pending"))
@@ -166,6 +167,11 @@ def _stage_row(stage: StageHistory) -> Row:
 def _resume_note(stage: StageHistory) -> Note:
     steps = ", ".join(str(resume.get("step")) for resume in stage.resumes)
     return Note(f"Stage {stage.name} was resumed at step {steps}; steps that were run again are drawn once.")
+
+
+def _spike_note(stage: StageHistory) -> Note:
+    steps = ", ".join(str(spike.get("step")) for spike in stage.spikes[:20]) + (", …" if stage.spikes[20:] else "")
+    return Note(f"Stage {stage.name} skipped {len(stage.spikes)} updates as spikes, at step {steps}.", "warn")
 
 
 def _undefined_notes(stages: list[StageHistory]) -> list[Note]:

@@ -1,0 +1,61 @@
+"""What every part of a config is made of: tables that are immutable and closed, and the kinds of their values."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Width = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+Depth = Annotated[int, Field(ge=1, le=1024, strict=True)]
+Text = Annotated[str, StringConstraints(max_length=1024)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Part(BaseModel):
+    """A table of the config: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelPart(Part):
+    """The table of a model, which may have lighter variants."""
+
+    def all_variants(self) -> dict[str, dict[str, Any]]:
+        """Return every variant's resolved settings by name, the model's own first."""
+        raise NotImplementedError
+
+
+def cut(text: str, length: int = 600) -> str:
+    """Shorten a text that somebody is shown."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def explain(fault: Mapping[str, Any], root: type[BaseModel]) -> str:
+    """Say one of pydantic's faults for people: where, what was expected, what was got; and the nearest key there is."""
+    path = cut(".".join(str(part) for part in fault["loc"]), 200)
+    if fault["type"] == "extra_forbidden":
+        valid = _keys_at(root, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1])[:64], valid, n=1, cutoff=0.0)
+        return f"{path}: unknown key; the nearest valid one is {near[0] if near else valid!r}."
+    message = cut(str(fault["msg"]).removeprefix("Value error, ").rstrip("."))
+    got = fault["input"]
+    shown = "" if fault["type"] in ("missing", "value_error") else f", got {got!r:.80}"
+    return f"{path or 'config'}: {message}{shown}."
+
+
+def _keys_at(root: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """List the keys that are valid at a place, by walking the schema."""
+    schema: dict[str, Any] = root.model_json_schema()
+    at = schema
+    for part in path:
+        if "$ref" in at:
+            at = schema["$defs"][at["$ref"].rsplit("/", 1)[1]]
+        at = at["items"] if isinstance(part, int) else at.get("properties", {}).get(part, {})
+    if "$ref" in at:
+        at = schema["$defs"][at["$ref"].rsplit("/", 1)[1]]
+    return list(at.get("properties", {}))

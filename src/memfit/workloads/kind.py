@@ -1,0 +1,49 @@
+"""What the pipeline's own process knows of a kind of problem, without torch: children compute, the parent decides."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from memfit.parts import ModelPart, Part
+
+
+class Kind(ABC):
+    """The settings that a workload takes, and how its data are prepared."""
+
+    data: ClassVar[type[Part]]
+    """The config's table `data`."""
+    model: ClassVar[type[ModelPart]]
+    """Its table `model`."""
+    loss: ClassVar[type[Part]]
+    """The table `loss` of a stage."""
+    monitors: ClassVar[tuple[str, ...] | None]
+    """What a stage may monitor: loss terms, their total, and metrics; None: whatever the workload measures."""
+
+    outlines: ClassVar[bool] = True
+    """Whether `outline` can be asked."""
+
+    @abstractmethod
+    def fingerprint(self, data: Any, model: Any, code_version: str) -> str:
+        """Name the prepared data: a hash of sources, settings and code."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        data: Any,
+        model: Any,
+        store: Path,
+        *,
+        code_version: str,
+        fresh: bool,
+        on_progress: Callable[[str, float], None],
+    ) -> Path:
+        """Prepare the data in `store`, under their fingerprint, or find them there; return their directory."""
+
+    @abstractmethod
+    def outline(self, data: Any, model: Any, directory: Path) -> None:
+        """Write made-up data of the same shapes: enough to tell what cannot fit before anything is prepared."""
+
+    def min_micro_batch_size(self, model: Any) -> int:  # noqa: ARG002  (other kinds look at it)
+        """Return the fewest samples that the loss or the batch statistics make sense of."""
+        return 1
