@@ -311,6 +311,7 @@ HEADERS["beyond the file"] = (lambda text: len(text).to_bytes(8, "little") + tex
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
+    (tmp_path / "steps").mkdir(exist_ok=True)
     return save_checkpoint(
         tmp_path / "steps", torch.nn.Linear(3, 2).state_dict(), {"progress": {}}, {"step": 2}, ("last",)
     )
