@@ -222,7 +222,7 @@ def write(path: Path, rows: list[dict[str, Any]], stamped: dict[str, Any]) -> No
         writer.writerows(stamped | shown(row) for row in rows)
 
 
-def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+def measure(bench: Bench, rounds: int, csv_path: Path | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     draw = random.Random(1)
     bench.train(bench.open("warm-up", 0))
@@ -233,7 +233,11 @@ def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
         for kill in (partial(kill_child, bench), partial(kill_command, bench)):
             rows.append(kill(number, draw.randrange(bench.every + 1, bench.steps - 1)))
         for row in rows[-5:]:
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+        if csv_path:
+            write(csv_path, rows, {**stamp(), "config": bench.config.stem})
     return rows
 
 
@@ -242,15 +246,12 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/weather_quick.toml"))
     parser.add_argument("--steps", type=int, default=80, help="steps of a training")
     parser.add_argument("--every", type=int, default=10, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=None, help="write a row a training here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.config, Path(folder), options.steps, options.every)
-        rows = measure(bench, options.rounds)
-    print_marks(rows)
-    if options.csv:
-        write(options.csv, rows, {**stamp(), "config": options.config.stem})
+        print_marks(measure(bench, options.rounds, options.csv))
 
 
 if __name__ == "__main__":

@@ -120,11 +120,15 @@ class RunView:
 
     def _epoch(self, event: dict[str, Any]) -> None:
         validation = event["validation"]
-        mae = f", mae {validation['mae']:.3f}" if validation.get("mae") is not None else ""
+        figures = "".join(
+            f", {name.replace('_', ' ')} {_figure(validation[name])}"
+            for name in dict.fromkeys([event.get("monitor", "total"), "mae"])
+            if name != "total" and validation.get(name) is not None
+        )
         eta = f", about {event['eta_seconds']:.0f} s left" if event["eta_seconds"] else ""
         self.console.print(
             f"      epoch {event['epoch']}/{self._epochs or '?'}: train {_figure(event['train']['total'])}, "
-            f"validation {_figure(validation['total'])}{mae}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
+            f"validation {_figure(validation['total'])}{figures}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
             f"{_rate(event['samples_per_second'])} samples/s{eta}{' (best)' if event['best'] else ''}"
         )
 

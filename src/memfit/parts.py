@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -28,6 +28,26 @@ class ModelPart(Part):
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings by name, the model's own first."""
         raise NotImplementedError
+
+
+def merge_variants(
+    name: str, own: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]], settings: type[BaseModel]
+) -> dict[str, dict[str, Any]]:
+    """Resolve variants, each of which changes some of a model's own settings; `name`: what the model itself is called.
+
+    Raises: ValueError that names the variant and what is wrong with it.
+    """
+    found = {name: dict(own)}
+    for variant, changes in variants.items():
+        if variant == name:
+            raise ValueError(f"variants.{variant}: expected a name other than the model's own")
+        try:
+            merged = settings.model_validate({**own, **changes})
+        except ValidationError as error:
+            faults = [explain(dict(fault), settings).removeprefix("config: ") for fault in error.errors()]
+            raise ValueError(f"variants.{variant}: {'; '.join(faults)}") from None
+        found[variant] = merged.model_dump(exclude_none=True)
+    return found
 
 
 def cut(text: str, length: int = 600) -> str:

@@ -69,7 +69,7 @@ FAULTS = {
     "model.windows=[8, 4]": r"model: windows: expected rising.*got \[8, 4\]",
     "model.tcn_window=5": r"model: tcn_window: expected one of the windows \[4, 8\], got 5",
     "model.d_model=15": r"model: d_model must be even and a multiple of num_heads; got d_model 15",
-    "model.variants.light.d_model=4": r"model: variants\.light: expected a name other than the model's own size",
+    "model.variants.light.d_model=4": r"model: variants\.light: expected a name other than the model's own",
     "model.variants.small.d_model=-4": r"model: variants\.small: d_model: .*greater than or equal to 1, got -4",
     "data=3": r"data: .*got 3",
 }

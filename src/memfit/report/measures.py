@@ -39,6 +39,14 @@ MEASURES = {
     "precision": Measure("Precision", "higher", "share", "Of the rows predicted above, truly above."),
     "recall": Measure("Recall", "higher", "share", "Of the rows truly above, predicted above."),
     "loss_risk": Measure("Loss risk", "lower", "share", "Of the rows predicted above, those that were not."),
+    "top1_accuracy": Measure("Accuracy", "higher", "share", "Samples whose likeliest class is the true one."),
+    "top5_accuracy": Measure(
+        "Top-5 accuracy", "higher", "share", "Samples whose true class is among the five likeliest."
+    ),
+    "nll": Measure("Log loss", "lower", "number", "Mean negative log-likelihood of the true class, in nats."),
+    "calibration_error": Measure(
+        "Calibration error", "lower", "share", "How far stated probabilities are from the share that comes true."
+    ),
 }
 
 

@@ -194,6 +194,7 @@ class StageLoop:
             eta_seconds=(self.stage["epochs"] - progress.epoch) * epoch_samples / rate if rate else None,
             seconds=seconds,
             lr=lr,
+            monitor=self.stage["monitor"],
             best=best,
         )
         if best or progress.best_epoch == 0:

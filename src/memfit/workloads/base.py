@@ -1,5 +1,6 @@
 """What the pipeline asks of a workload; everything that is special to one lives behind this."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ class ExportSpec:
     """Further sections of the model card."""
     support_files: dict[str, Path]
     """Name in the bundle -> file to copy."""
+
+
+def variant_builders(
+    model: Mapping[str, Any], build: Callable[[Mapping[str, Any]], nn.Module]
+) -> dict[str, Callable[[], nn.Module]]:
+    """Return a builder per variant of a job's {"variant": name, "variants": {name: settings}}, the wanted one first."""
+    names = [model["variant"], *(name for name in model["variants"] if name != model["variant"])]
+    return {name: functools.partial(build, model["variants"][name]) for name in names}
 
 
 class Workload(Protocol):

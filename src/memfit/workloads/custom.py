@@ -1,6 +1,5 @@
 """A user's own model and data: what a module must return, and the workload that memfit makes of it."""
 
-import functools
 import importlib
 import inspect
 import sys
@@ -17,7 +16,7 @@ from memfit.errors import ConfigError
 from memfit.files import read_json
 from memfit.process import Emit
 from memfit.step import Batch
-from memfit.workloads.base import Arrays, ExportSpec
+from memfit.workloads.base import Arrays, ExportSpec, variant_builders
 
 SPLITS = ("train", "validation", "test")
 MAX_INPUTS = 4
@@ -112,9 +111,7 @@ class CustomWorkload:
 
     def variants(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Return model builders by name, the wanted one first."""
-        wanted, settings = self.model["variant"], self.model["variants"]
-        names = [wanted, *(name for name in settings if name != wanted)]
-        return {name: functools.partial(self.task.model, **settings[name]) for name in names}
+        return variant_builders(self.model, lambda settings: self.task.model(**settings))
 
     def num_samples(self, split: str) -> int:
         """Count the samples of a split."""

@@ -20,7 +20,10 @@ class Known(NamedTuple):
     """For children."""
 
 
-WORKLOADS = {"series": Known("memfit.workloads.series_settings:SeriesKind", "memfit.workloads.series:SeriesWorkload")}
+WORKLOADS = {
+    "series": Known("memfit.workloads.series_settings:SeriesKind", "memfit.workloads.series:SeriesWorkload"),
+    "vision": Known("memfit.workloads.vision_settings:VisionKind", "memfit.workloads.vision:VisionWorkload"),
+}
 
 
 CUSTOM = Known("memfit.workloads.custom_settings:CustomKind", "memfit.workloads.custom:load")

@@ -1,6 +1,5 @@
 """The multi-scale series workload: next value, its class, and whether it exceeds the threshold."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from memfit.data.prepared import PreparedSeries
 from memfit.metrics.series import series_scores
 from memfit.models.multiscale import BLOCKS, MultiScaleNet, build_multiscale
 from memfit.step import Batch
-from memfit.workloads.base import Arrays, ExportSpec
+from memfit.workloads.base import Arrays, ExportSpec, variant_builders
 
 TERMS = ("value", "class", "exceeds")
 
@@ -66,10 +65,7 @@ class SeriesWorkload:
 
     def variants(self) -> Mapping[str, Callable[[], nn.Module]]:
         """Return model builders by name, the wanted one first."""
-        wanted = self.model["variant"]
-        settings = self.model["variants"]
-        names = [wanted, *(name for name in settings if name != wanted)]
-        return {name: functools.partial(self._build, settings[name]) for name in names}
+        return variant_builders(self.model, self._build)
 
     def _build(self, options: Mapping[str, Any]) -> MultiScaleNet:
         normalization = self.manifest["normalization"]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from memfit.data.prepare import outline_series, prepare_series, prepared_fingerprint
 from memfit.data.spec import MAX_SPAN, SeriesSpec
 from memfit.models.sizes import SIZES
-from memfit.parts import Depth, ModelPart, Name, Part, PositiveInt, Probability, Share, Text, Width, explain
+from memfit.parts import Depth, ModelPart, Name, Part, PositiveInt, Probability, Share, Text, Width, merge_variants
 from memfit.workloads.kind import Kind
 
 Window = Annotated[int, Field(ge=1, le=MAX_SPAN, strict=True)]
@@ -178,20 +178,8 @@ class Model(ModelSettings, ModelPart):
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, as `full` or `light`."""
         own = self.model_dump(exclude={"variants"}, exclude_none=True)
-        found: dict[str, dict[str, Any]] = {self.size: own}
-        if self.size in self.variants:
-            raise ValueError(f"variants.{self.size}: expected a name other than the model's own size")
         light = {"light": {"size": "light"}} if self.size == "full" else {}
-        for name, changes in {**light, **self.variants}.items():
-            try:
-                merged = ModelSettings.model_validate({**own, **changes})
-            except ValidationError as error:
-                faults = "; ".join(
-                    explain(dict(fault), ModelSettings).removeprefix("config: ") for fault in error.errors()
-                )
-                raise ValueError(f"variants.{name}: {faults}") from None
-            found[name] = merged.model_dump(exclude_none=True)
-        return found
+        return merge_variants(self.size, own, {**light, **self.variants}, ModelSettings)
 
 
 class Loss(Part):

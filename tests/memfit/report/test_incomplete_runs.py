@@ -112,7 +112,9 @@ def test_predictions_without_a_finite_row_or_a_column_are_reported(run_dir, page
     np.savez(run_dir / "predictions.npz", times=np.arange(5), truth=nothing, value=nothing)
     assert "No test row has a finite prediction" in page_of(run_dir).texts["predictions"]
     np.savez(run_dir / "predictions.npz", truth=nothing)
-    assert "lacks times, truth or value" in page_of(run_dir).texts["predictions"]
+    assert "There is nothing to draw" in page_of(run_dir).texts["predictions"]
+    np.savez(run_dir / "predictions.npz", truth=nothing, value=np.arange(3), times=np.arange(5))
+    assert "arrays of different lengths" in page_of(run_dir).texts["predictions"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -23,6 +23,7 @@ from memfit.report.units import bytes_text, count_text, finite, number_text, set
 
 SPLITS = ("train", "validation", "test")
 MAX_CLASSES = 20
+_TECHNICAL = ("schema", "checksum", "code_version", "fingerprint")
 
 
 def data(run: Run) -> Section:
@@ -31,6 +32,8 @@ def data(run: Run) -> Section:
     manifest = run.manifest
     if not manifest:
         return pending("data", title, "no prepared data is recorded")
+    if manifest.get("workload", "series") != "series":
+        return Section("data", title, (_plain_facts(manifest), *_plain_splits(run)))
     blocks: list[Block] = [_facts(manifest, run.unit), Heading("Splits", "in order of time"), _splits(run)]
     sources = objects(manifest.get("sources"))
     if sources:
@@ -38,6 +41,35 @@ def data(run: Run) -> Section:
     features = _features(manifest)
     blocks += [features] if features else []
     return Section("data", title, tuple(blocks))
+
+
+def _plain_facts(manifest: dict[str, Any]) -> Facts:
+    """Show what is a single value, or a few, under its own name."""
+    found = {**manifest, **mapping(manifest, "data"), **mapping(manifest, "duplicates")}
+    shown = []
+    for name, value in found.items():
+        few = isinstance(value, list) and 0 < len(value) <= 4 and not isinstance(value[0], dict | list)
+        if name not in _TECHNICAL and (few or isinstance(value, str | int | float)):
+            text = " x ".join(map(str, value)) if few else str(value)
+            shown.append((name.replace("_", " ").capitalize(), Cell(text)))
+    return Facts((*shown, ("Fingerprint", Cell(str(manifest.get("fingerprint")), tone="code"))))
+
+
+def _plain_splits(run: Run) -> tuple[Block, ...]:
+    """Count samples and, where there are few, classes of each split."""
+    borders, counts = mapping(run.manifest, "borders"), {name: _counts(run.manifest, name) for name in SPLITS}
+    if not borders:
+        return ()
+    num_classes = max(map(len, counts.values()))
+    names = class_names(run, num_classes) if num_classes <= MAX_CLASSES else []
+    columns = (Column("Split"), Column("Samples", number=True), *(Column(name, number=True) for name in names))
+    rows = []
+    for name in SPLITS:
+        start, stop = (finite(mapping(borders, name).get(key)) for key in ("start", "stop"))
+        size = stop - start if start is not None and stop is not None else None
+        cells = [measured(count, count_text, "not recorded") for count in [*counts[name], *[None] * len(names)]]
+        rows.append(Row((Cell(name), measured(size, count_text, "not recorded"), *cells[: len(names)])))
+    return Heading("Splits"), Table(columns, tuple(rows))
 
 
 def _facts(manifest: dict[str, Any], unit: str) -> Facts:

@@ -17,8 +17,10 @@ def predictions(run: Run) -> Section:
     arrays = run.predictions
     if not arrays:
         return pending("predictions", title, "no predictions have been written")
-    if not {"times", "truth", "value"} <= set(arrays) or len({len(column) for column in arrays.values()}) != 1:
-        return Section("predictions", title, (Note("predictions.npz lacks times, truth or value.", "warn"),))
+    if len({len(column) for column in arrays.values()}) != 1:
+        return Section("predictions", title, (Note("predictions.npz holds arrays of different lengths.", "warn"),))
+    if not {"times", "truth", "value"} <= set(arrays):  # no series: at most classes
+        return Section("predictions", title, _classes(arrays, run) or (Note("There is nothing to draw.", "pending"),))
     if not np.any(np.isfinite(arrays["truth"]) & np.isfinite(arrays["value"])):
         return Section("predictions", title, (Note("No test row has a finite prediction.", "bad"),))
     threshold = finite(run.evaluation.get("threshold"))
@@ -28,9 +30,12 @@ def predictions(run: Run) -> Section:
         time_line(arrays, run.unit, threshold),
         Gallery(tuple(figure for figure in figures if figure)),
     ]
+    return Section("predictions", title, (*blocks, *_classes(arrays, run)))
+
+
+def _classes(arrays: Arrays, run: Run) -> tuple[Block, ...]:
     confusion = _confusion(arrays, run)
-    blocks += [Heading("Classes", "rows: truth; columns: prediction"), confusion] if confusion else []
-    return Section("predictions", title, tuple(blocks))
+    return (Heading("Classes", "rows: truth; columns: prediction"), confusion) if confusion else ()
 
 
 def _confusion(arrays: Arrays, run: Run) -> Table | None:
