@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
@@ -185,7 +186,26 @@ def checkpoint_blocks(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> 
 def _recompute(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not (module.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+    contexts = functools.partial(_once_and_again, module)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
+
+
+def _once_and_again(module: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), _statistics_kept(module)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics as the first pass made them: a recomputation must not count a batch twice."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, tracked) in zip(norms, before, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if tracked is None else tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -317,7 +337,9 @@ class TrainingStep:
         counts, size: of the whole global batch.
         """
         sums: dict[str, Tensor] = {}
-        for micro in self.program.split(batch, micro_batch_sizes(num_samples(batch), self.layout.accumulation_steps)):
+        here = num_samples(batch)  # an epoch's last batch may be smaller, and its parts no smaller than allowed
+        steps = min(self.layout.accumulation_steps, max(1, here // max(self.program.min_micro_batch_size, 1)))
+        for micro in self.program.split(batch, micro_batch_sizes(here, steps)):
             for term, value in self.accumulate(micro, counts, size).items():
                 sums[term] = sums[term] + value if term in sums else value
         return sums

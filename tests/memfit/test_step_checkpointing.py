@@ -93,3 +93,53 @@ def test_wrapping_twice_changes_nothing_and_names_stay():
     net(batch()["x"]).sum().backward()
     assert len(calls) == 2
     assert list(net.state_dict()) == names
+
+
+class Normalized(nn.Module):
+    """torch's own batch normalization, by exponential average or over all batches."""
+
+    def __init__(self, momentum: float | None) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=momentum), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_statistics_count_every_batch_once(momentum):
+    ended = []
+    for checkpointing in ("none", "blocks"):
+        torch.manual_seed(5)
+        chosen = TrainingProgram(
+            variants={"only": lambda: nn.Sequential(Normalized(momentum), Normalized(momentum), nn.Linear(8, 1))},
+            make_batch=lambda n, _seq_len: batch(n),
+            loss=lambda model, part: ((model(part["x"]).squeeze(1) - part["y"]) ** 2).mean(),
+            optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+            blocks=(Normalized,),
+        )
+        model = chosen.build()
+        step = TrainingStep(StepLayout(2, checkpointing=checkpointing), chosen, model, chosen.optimizer(model))
+        for _ in range(3):
+            step(batch(12))
+        ended.append(model.state_dict())
+    assert int(ended[0]["0.inner.1.num_batches_tracked"]) == 6
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+
+
+def test_no_part_of_a_smaller_last_batch_is_below_the_minimum():
+    sizes = []
+    chosen = TrainingProgram(
+        variants={"only": lambda: nn.Linear(8, 1)},
+        make_batch=lambda n, _seq_len: batch(n),
+        loss=lambda model, part: (
+            sizes.append(len(part["x"])) or ((model(part["x"]).squeeze(1) - part["y"]) ** 2).mean()
+        ),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        min_micro_batch_size=4,
+    )
+    model = chosen.build()
+    step = TrainingStep(StepLayout(4), chosen, model, chosen.optimizer(model))
+    for size in (16, 9, 3):
+        step(batch(size))
+    assert sizes == [4, 4, 4, 4, 5, 4, 3]

@@ -74,7 +74,7 @@ class ModelSettings(Part):
     stem: Literal["auto", "small", "large"] = "auto"
     """`small`: one 3 x 3 convolution; `large`: 7 x 7 with stride 2, then pooling; `auto`: by the image's size."""
     channels_last: bool = True
-    """Keep activations and kernels in the channels-last format: the same function, mostly faster."""
+    """Keep activations and kernels in the channels-last format: the same function, faster on most GPUs."""
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Self:
