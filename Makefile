@@ -6,10 +6,13 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run test faults soak check bench clean
+.PHONY: run demo test faults soak check bench clean
 
 run: .venv/.installed
 	$(BIN)/python -m flows.train_model configs/weather_quick.toml $(ARGS)
+
+demo: .venv/.installed
+	for config in configs/*_quick.toml; do $(BIN)/memfit run $$config $(ARGS) || exit; done
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
