@@ -12,7 +12,16 @@ from memfit.data.features import compute_features, feature_names
 from memfit.data.gaps import ClosedSeries, close_gaps
 from memfit.data.source import SourceFile, check_files, find_files, hash_files, iso, read_series
 from memfit.data.spec import SeriesSpec
-from memfit.data.splits import SPLITS, Targets, choose_targets, class_edges, classify, exceeds, required_rows
+from memfit.data.splits import (
+    MIN_TARGETS,
+    SPLITS,
+    Targets,
+    choose_targets,
+    class_edges,
+    classify,
+    exceeds,
+    required_rows,
+)
 from memfit.data.store import is_whole, owned, replaced, write_manifest
 from memfit.files import fingerprint
 
@@ -82,9 +91,9 @@ def _build(spec: SeriesSpec, files: Sequence[SourceFile], directory: Path, repor
     return _write(spec, files, series, directory, report)
 
 
-def outline_series(spec: SeriesSpec, directory: Path) -> None:
-    """Write the shortest series that the spec allows, with made-up values: its shapes, before any data is read."""
-    rows = required_rows(spec)
+def outline_series(spec: SeriesSpec, directory: Path, min_targets: int = MIN_TARGETS) -> None:
+    """Write the shortest series with so many targets a split and made-up values: its shapes, before data is read."""
+    rows = required_rows(spec, min_targets)
     series = ClosedSeries(
         times=np.arange(rows, dtype=np.int64) * 3_600_000_000_000,
         values=np.linspace(-1.0, 1.0, rows) + spec.threshold,

@@ -37,15 +37,15 @@ def first_target(spec: SeriesSpec) -> int:
     return max(spec.context, spec.features.lookback)
 
 
-def required_rows(spec: SeriesSpec) -> int:
-    """Return how many rows, all of them observed, the spec needs: known before anything is read."""
-    return first_target(spec) + _required_targets(spec)
+def required_rows(spec: SeriesSpec, min_targets: int = MIN_TARGETS) -> int:
+    """Return how many rows, all of them observed, give each split so many targets: known before anything is read."""
+    return first_target(spec) + _required_targets(spec, min_targets)
 
 
-def _required_targets(spec: SeriesSpec) -> int:
+def _required_targets(spec: SeriesSpec, min_targets: int = MIN_TARGETS) -> int:
     test_share = 1 - spec.train_share - spec.validation_share
-    count = math.ceil(MIN_TARGETS / min(spec.train_share, spec.validation_share, test_share) / 2)
-    while min(stop - start for start, stop in _borders(spec, count).values()) < MIN_TARGETS:
+    count = math.ceil(min_targets / min(spec.train_share, spec.validation_share, test_share) / 2)
+    while min(stop - start for start, stop in _borders(spec, count).values()) < min_targets:
         count += 1
     return count
 

@@ -1,7 +1,7 @@
 """What each score means, how it is written, and which direction is better."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from memfit.report.units import finite, number_text, share_text
@@ -24,6 +24,9 @@ class Measure:
 MEASURES = {
     "mae": Measure("MAE", "lower", "unit", "Mean absolute error: how far off a prediction is on average."),
     "rmse": Measure("RMSE", "lower", "unit", "Root mean squared error: as MAE, but large misses weigh more."),
+    "mse": Measure("MSE", "lower", "number", "Mean squared error, in squared units."),
+    "mape": Measure("MAPE", "lower", "share", "Mean absolute error as a share of the true value."),
+    "huber": Measure("Huber", "lower", "number", "Half the squared error; beyond a limit, misses weigh linearly."),
     "r2": Measure("R²", "higher", "number", "Share of the variance explained; 0 is no better than the mean."),
     "class_accuracy": Measure("Class accuracy", "higher", "share", "Rows whose class is right."),
     "class_f1": Measure("Class F1", "higher", "number", "F1 over the classes: rare classes count too."),
@@ -51,7 +54,13 @@ MEASURES = {
 
 
 def measure(name: str) -> Measure:
-    """Return what is known about a score; an unknown one is a plain number of which neither way is better."""
+    """Return what is known about a score; an unknown one is a plain number of which neither way is better.
+
+    `<name>_step_<k>` is that score of step k of a forecast.
+    """
+    whole, _, step = name.rpartition("_step_")
+    if whole in MEASURES and step.isdecimal():
+        return replace(MEASURES[whole], label=f"{MEASURES[whole].label}, step {step}", meaning="")
     return MEASURES.get(name) or Measure(name.replace("_", " "), "", "number", "")
 
 

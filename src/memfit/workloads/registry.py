@@ -22,6 +22,7 @@ class Known(NamedTuple):
 
 WORKLOADS = {
     "series": Known("memfit.workloads.series_settings:SeriesKind", "memfit.workloads.series:SeriesWorkload"),
+    "forecast": Known("memfit.workloads.forecast_settings:ForecastKind", "memfit.workloads.forecast:ForecastWorkload"),
     "vision": Known("memfit.workloads.vision_settings:VisionKind", "memfit.workloads.vision:VisionWorkload"),
 }
 

@@ -10,9 +10,22 @@ from memfit import errors
 from memfit.data.image_spec import ImageSpec
 from memfit.data.images import outline_images
 from memfit.workloads.custom_settings import CustomKind, Model, Settings
+from memfit.workloads.forecast_settings import Model as Forecast
 from memfit.workloads.registry import WORKLOADS
 
 AUGMENT = {"crop_padding": 1, "flip": 0.5, "cutout": 3, "mixup": 0.4}
+FORECASTER = {
+    "horizon": 3,
+    "window": 6,
+    "season": 4,
+    "hidden": 6,
+    "dropout": 0.2,
+    "norm": "batch",
+    "head": "seq2seq",
+    "attention": "luong",
+    "forcing_samples": 300,
+}
+"""Everything that a stopped stage could lose: forcing, its count, dropout and running statistics."""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +41,7 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
     """`jobs(workload, name, precision)`: a stage of three epochs of that workload."""
     shutil.copytree(Path(memfit.__file__).with_name("template_project"), tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
+    forecaster = Forecast(**FORECASTER).all_variants()["gru"]
     net = {"name": "resnet_light", "width_multiplier": 0.25, "norm": "batch", "dropout": 0.2}
 
     def custom() -> dict:
@@ -45,6 +59,12 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
             "model": {"variant": "net", "variants": {"net": net}},
             "loss": {"label_smoothing": 0.1, "augment": AUGMENT},
         },
+        "forecast": lambda: {
+            "workload": "forecast",
+            "data_dir": str(prepared),
+            "model": {"variant": "net", "variants": {"net": forecaster}},
+            "loss": {},
+        },
         "task:build": lambda: {**custom(), "loss": {}},
     }
     assert set(WORKLOADS) <= set(made)
@@ -58,7 +78,7 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("workload", ["series", "vision", "task:build"])
+@pytest.mark.parametrize("workload", ["series", "vision", "forecast", "task:build"])
 def test_a_stage_that_was_stopped_twice_ends_the_same(jobs, workload, precision):
     whole, stopped = jobs(workload, "whole", precision), jobs(workload, "stopped", precision)
     whole.run()
