@@ -15,9 +15,10 @@ demo: .venv/.installed
 	for config in configs/*_quick.toml; do $(BIN)/memfit run $$config $(ARGS) || exit; done
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --ignore tests/faults $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/faults -m "not end_to_end and not server" $(ARGS)
 
 faults: .venv/.installed
+	$(BIN)/python -m pytest --ignore tests/faults -m "end_to_end or server" $(ARGS)
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 soak: .venv/.installed

@@ -72,6 +72,7 @@ def test_its_stages_train_parameters_that_exist(config, tmp_path):
         assert any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("stem", ["digits_smoke", "forecast_smoke"])
 def test_smoke_configs_go_through_the_whole_pipeline(stem, tmp_path):
     run = open_run(named(stem), runs=tmp_path / "runs", store=tmp_path / "store")

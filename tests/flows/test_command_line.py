@@ -141,6 +141,7 @@ def training(command, root, tmp_path, folders, wait_until, trained):
         process.wait()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training, home, wait_until, stop):
     process, log, stage = training()
@@ -156,6 +157,7 @@ def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training,
     assert saved["step"] == json.loads((stage / "events.jsonl").read_text().splitlines()[-1])["step"] >= 7
 
 
+@pytest.mark.end_to_end
 def test_a_flow_that_is_killed_leaves_a_checkpoint_and_no_process(training, home, wait_until):
     process, _log, stage = training()
     process.kill()

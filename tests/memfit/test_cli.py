@@ -186,6 +186,7 @@ def wait_for_steps(run_dir, count: int, process: subprocess.Popen, seconds: floa
         time.sleep(0.01)
 
 
+@pytest.mark.end_to_end
 def test_sigterm_in_mid_training_writes_a_checkpoint_and_resume_ends_the_run(tiny_config, tmp_path):
     run_dir, command = tmp_path / "run", [sys.executable, "-m", "memfit", "train", str(tiny_config), *LONG]
     process = subprocess.Popen([*command, "--run-dir", str(run_dir)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)

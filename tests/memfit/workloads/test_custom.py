@@ -148,6 +148,7 @@ def start(project: Path, *overrides: str, **settings):
     return open_run(config, runs=project / "runs", store=project / "store", **settings)
 
 
+@pytest.mark.end_to_end
 def test_the_template_runs_at_once_and_is_reused_until_its_code_changes(project):
     run = start(project)
     run.perform_until("report")
