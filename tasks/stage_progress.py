@@ -10,6 +10,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from memfit.console import validation_figures
 from tasks.publishing import published
 
 QUIET_SECONDS = 2.0
@@ -108,7 +109,5 @@ class StageProgress:
 
 
 def _epoch_line(event: dict[str, Any], epochs: int) -> str:
-    validation = event["validation"]
-    mae = f", mae {validation['mae']:.4g}" if validation.get("mae") is not None else ""
     eta = f", about {event['eta_seconds']:.0f} s left" if event["eta_seconds"] else ""
-    return f"epoch {event['epoch']}/{epochs or '?'}: validation {validation['total']:.4g}{mae}{eta}"
+    return f"epoch {event['epoch']}/{epochs or '?'}: {validation_figures(event)}{eta}"

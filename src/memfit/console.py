@@ -119,16 +119,10 @@ class RunView:
             self._bar.update(self._task, completed=event["step"], description=f"loss {loss}")
 
     def _epoch(self, event: dict[str, Any]) -> None:
-        validation = event["validation"]
-        figures = "".join(
-            f", {name.replace('_', ' ')} {_figure(validation[name])}"
-            for name in dict.fromkeys([event.get("monitor", "total"), "mae"])
-            if name != "total" and validation.get(name) is not None
-        )
         eta = f", about {event['eta_seconds']:.0f} s left" if event["eta_seconds"] else ""
         self.console.print(
             f"      epoch {event['epoch']}/{self._epochs or '?'}: train {_figure(event['train']['total'])}, "
-            f"validation {_figure(validation['total'])}{figures}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
+            f"{validation_figures(event)}, peak {event['memory']['peak_bytes'] / MIB:,.0f} MiB, "
             f"{_rate(event['samples_per_second'])} samples/s{eta}{' (best)' if event['best'] else ''}"
         )
 
@@ -143,6 +137,15 @@ class RunView:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def validation_figures(event: dict[str, Any]) -> str:
+    """Write an epoch's validation loss, what the stage monitors, and the mean absolute error where there is one."""
+    validation = event["validation"]
+    names = dict.fromkeys(["total", event.get("monitor", "total"), "mae"])
+    known = [name for name in names if validation.get(name) is not None]
+    shown = {name: "validation" if name == "total" else name.replace("_", " ") for name in known}
+    return ", ".join(f"{words} {_figure(validation[name])}" for name, words in shown.items())
 
 
 def _peak(plan: dict[str, Any]) -> str:

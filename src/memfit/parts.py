@@ -1,10 +1,11 @@
 """What every part of a config is made of: tables that are immutable and closed, and the kinds of their values."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -22,12 +23,20 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ModelPart(Part):
-    """The table of a model, which may have lighter variants."""
+class ModelPart(Part, ABC):
+    """The table of a model, and the lighter variants that a plan may be allowed to fall back to."""
 
+    variants: Annotated[dict[Name, dict[str, Any]], Field(max_length=64)] = {}
+    """Name -> settings that differ from the model's own."""
+
+    @abstractmethod
     def all_variants(self) -> dict[str, dict[str, Any]]:
-        """Return every variant's resolved settings by name, the model's own first."""
-        raise NotImplementedError
+        """Return every variant's resolved settings by name, the model's own first. Raises: ValueError."""
+
+    @model_validator(mode="after")
+    def _variants_are_models(self) -> Self:
+        self.all_variants()
+        return self
 
 
 def merge_variants(

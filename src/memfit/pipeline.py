@@ -159,7 +159,7 @@ class Pipeline:
         existed = (self.store / self.data_key / "manifest.json").exists()
         started = time.perf_counter()
         self.run.note("prepare", self.data_key, "running")
-        if not existed and not self._only_predicts and self.config.kind.outlines:
+        if not existed and not self._only_predicts:
             self._check_feasible()
         path = self.config.kind.prepare(
             self.config.data,
@@ -186,7 +186,8 @@ class Pipeline:
         """
         with tempfile.TemporaryDirectory(prefix="memfit-outline-") as folder:
             start_template(self._log("plan"))
-            self.config.kind.outline(self.config.data, self.config.model, Path(folder) / "data")
+            if not self.config.kind.outline(self.config.data, self.config.model, Path(folder) / "data"):
+                return None
             different = {self._weight(stage): stage for stage in self.config.stages}.values()
             failure: DoesNotFitError | None = None
             for variant in self._variants:

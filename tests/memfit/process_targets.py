@@ -46,7 +46,10 @@ def leave(payload, emit):
 
 def kill_itself(payload, emit):
     emit({"event": "phase", "phase": "dying"})
-    os.kill(os.getpid(), getattr(signal, payload["signal"]))
+    number = getattr(signal, payload["signal"])
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)  # nohup hands down a hang-up that is ignored
+    os.kill(os.getpid(), number)
     time.sleep(60)
 
 

@@ -77,7 +77,7 @@ def test_epoch_shows_its_figures(sent, clock):
     progress(START)
     clock[0] += 3
     progress(epoch(2))
-    assert sent == [(50.0, "stage broad: epoch 2/4: validation 0.5, mae 1.25, about 30 s left")]
+    assert sent == [(50.0, "stage broad: epoch 2/4: validation 0.5000, mae 1.2500, about 30 s left")]
 
 
 def test_end_is_always_shown_with_its_origin(sent, clock):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memfit.data.prepared import PreparedSeries, _give_pages_back
+from memfit.data.prepared import PreparedSeries, give_pages_back
 from memfit.data.splits import SPLITS
 from memfit.errors import DataError
 
@@ -50,7 +50,7 @@ class ForecastSeries(PreparedSeries):
             history = np.concatenate([history, self.features[past]], axis=2)
         arrays = {"history": np.array(history), "target": self.horizons(rows)}
         for array in (self.values, self.features):
-            _give_pages_back(array)
+            give_pages_back(array)
         return arrays
 
     def horizons(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from memfit.data.image_sources import (
 )
 from memfit.data.image_spec import ImageSpec
 from memfit.data.splits import SPLITS
-from memfit.data.store import is_whole, owned, replaced, write_manifest
+from memfit.data.store import built, write_manifest
 from memfit.errors import DataError
 from memfit.files import fingerprint
 
@@ -76,17 +76,15 @@ def prepare_images(
     files = list_files(spec.source)
     source = _hashed(files)
     name = _fingerprint(spec, source, code_version)
-    directory = store / name
-    with owned(directory):
-        if fresh or not is_whole(directory, name):
-            with replaced(directory) as temporary:
-                report("read", 0.1)
-                raw = read_images(spec.source, files, temporary, lambda share: report("read", 0.1 + 0.6 * share))
-                manifest = {"source": source, **_write(spec, raw, temporary, report)}
-                (temporary / "decoded.npy").unlink(missing_ok=True)
-                write_manifest(
-                    temporary, {"schema": SCHEMA, "fingerprint": name, "code_version": code_version, **manifest}
-                )
+
+    def build(empty: Path) -> dict[str, Any]:
+        report("read", 0.1)
+        raw = read_images(spec.source, files, empty, lambda share: report("read", 0.1 + 0.6 * share))
+        manifest = _write(spec, raw, empty, report)
+        (empty / "decoded.npy").unlink(missing_ok=True)
+        return {"schema": SCHEMA, "code_version": code_version, "source": source, **manifest}
+
+    directory = built(store, name, build, fresh=fresh)
     report("done", 1.0)
     return directory
 

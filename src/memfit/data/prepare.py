@@ -22,7 +22,7 @@ from memfit.data.splits import (
     exceeds,
     required_rows,
 )
-from memfit.data.store import is_whole, owned, replaced, write_manifest
+from memfit.data.store import built, write_manifest
 from memfit.files import fingerprint
 
 SCHEMA = 1
@@ -71,15 +71,8 @@ def prepare_series(
     report("hash", 0.0)
     files = _hashed(spec)
     name = _fingerprint(spec, files, code_version)
-    directory = store / name
-    with owned(directory):
-        if fresh or not is_whole(directory, name):
-            with replaced(directory) as temporary:
-                manifest = _build(spec, files, temporary, report)
-                write_manifest(
-                    temporary,
-                    {"schema": SCHEMA, "fingerprint": name, "code_version": code_version, **manifest},
-                )
+    about = {"schema": SCHEMA, "code_version": code_version}
+    directory = built(store, name, lambda empty: {**about, **_build(spec, files, empty, report)}, fresh=fresh)
     report("done", 1.0)
     return directory
 

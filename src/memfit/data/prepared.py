@@ -67,7 +67,7 @@ class PreparedSeries:
             "row": rows.copy(),
         }
         for array in (self.values, self.features, self.targets):
-            _give_pages_back(array)
+            give_pages_back(array)
         return batch
 
     def classes(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -106,7 +106,7 @@ class PreparedSeries:
         return DataError(f"{self.path} is no whole prepared series: {reason}. Prepare it again")
 
 
-def _give_pages_back(array: NDArray[Any]) -> None:
+def give_pages_back(array: NDArray[Any]) -> None:
     """Unmap what was touched; the kernel's page cache keeps it, so the next touch costs a minor fault."""
     mapped: Any = array.base
     if array.nbytes > RESIDENT_BYTES and isinstance(mapped, mmap.mmap):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memfit.data.prepared import _give_pages_back
+from memfit.data.prepared import give_pages_back
 from memfit.data.splits import SPLITS
 from memfit.errors import DataError
 from memfit.files import read_json
@@ -56,7 +56,7 @@ class PreparedImages:
         rows = self.rows(split, indices)
         batch = {"image": np.asarray(self.images[rows]), "label": np.asarray(self.labels[rows])}
         for array in (self.images, self.labels):
-            _give_pages_back(array)
+            give_pages_back(array)
         return batch
 
     def _open(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:

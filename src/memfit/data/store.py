@@ -3,7 +3,7 @@
 import fcntl
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,19 @@ def replaced(directory: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def built(store: Path, name: str, build: Callable[[Path], dict[str, Any]], *, fresh: bool = False) -> Path:
+    """Return `store/name`, as it is if it is whole; otherwise, or with `fresh`, build it anew.
+
+    build: fills an empty directory and returns its manifest, to which the name is added as "fingerprint".
+    """
+    directory = store / name
+    with owned(directory):
+        if fresh or not is_whole(directory, name):
+            with replaced(directory) as temporary:
+                write_manifest(temporary, {"fingerprint": name, **build(temporary)})
+    return directory
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

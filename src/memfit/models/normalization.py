@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from memfit.errors import ConfigError
 
 
-def _constant(name: str, numbers: Sequence[float], *, is_std: bool) -> Tensor:
+def constant_buffer(name: str, numbers: Sequence[float], *, is_std: bool) -> Tensor:
     """Return fp32 constants; raise ConfigError for what cannot normalize. A std of 0 (a constant) counts as 1."""
     lowest = 0.0 if is_std else -math.inf
     for position, number in enumerate(numbers):
@@ -44,10 +44,10 @@ class Normalization(nn.Module):
                 f"feature_mean and feature_std must be as long as each other; got {len(feature_mean)} and "
                 f"{len(feature_std)}. Take both from one manifest."
             )
-        self.register_buffer("value_mean", _constant("value_mean", [value_mean], is_std=False)[0])
-        self.register_buffer("value_std", _constant("value_std", [value_std], is_std=True)[0])
-        self.register_buffer("feature_mean", _constant("feature_mean", feature_mean, is_std=False))
-        self.register_buffer("feature_std", _constant("feature_std", feature_std, is_std=True))
+        self.register_buffer("value_mean", constant_buffer("value_mean", [value_mean], is_std=False)[0])
+        self.register_buffer("value_std", constant_buffer("value_std", [value_std], is_std=True)[0])
+        self.register_buffer("feature_mean", constant_buffer("feature_mean", feature_mean, is_std=False))
+        self.register_buffer("feature_std", constant_buffer("feature_std", feature_std, is_std=True))
 
     def values(self, raw: Tensor) -> Tensor:
         """Normalize values of any shape."""

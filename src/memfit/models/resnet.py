@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memfit.errors import ConfigError, DataError
-from memfit.models.normalization import _constant
+from memfit.models.normalization import constant_buffer
 from memfit.models.resnet_settings import LARGE_IMAGE, ResNetSettings
 
 Norm = Callable[[int], nn.Module]
@@ -156,8 +156,8 @@ class ResNet(nn.Module):
         _check(num_classes, in_channels, image_size, mean, std)
         self.image_shape = (*image_size, in_channels)
         self.channels_last = settings.channels_last
-        self.register_buffer("mean", _constant("mean", mean, is_std=False))
-        self.register_buffer("std", _constant("std", std, is_std=True))
+        self.register_buffer("mean", constant_buffer("mean", mean, is_std=False))
+        self.register_buffer("std", constant_buffer("std", std, is_std=True))
         plan, norm = settings.architecture, _norm(settings)
         preact = plan.block == "preact"
         large = max(image_size) > LARGE_IMAGE if settings.stem == "auto" else settings.stem == "large"

@@ -10,7 +10,8 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,21 +124,36 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises: CheckpointError when a file is missing, torn, corrupt, or holds anything but tensors and plain values.
     """
-    try:
-        record = read_json(folder / RECORD)
-        _check_names(record)
-        for name in (WEIGHTS, STATE):
-            expected = record["sha256"][name]
-            if (got := sha256_file(folder / name)) != expected:
-                raise CheckpointError(
-                    f"{folder / name}: expected sha256 {expected[:12]}…, got {got[:12]}…: it is corrupt."
-                )
+    with _unusable(folder):
+        record = _checked_record(folder)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         return Checkpoint(load_file(folder / WEIGHTS), state, record)
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare a checkpoint's files with their hashes, and read nothing of it into memory. Raises: CheckpointError."""
+    with _unusable(folder):
+        _checked_record(folder)
+
+
+@contextmanager
+def _unusable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except UNREADABLE as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def _checked_record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(folder / RECORD)
+    _check_names(record)
+    for name in (WEIGHTS, STATE):
+        expected = record["sha256"][name]
+        if (got := sha256_file(folder / name)) != expected:
+            raise CheckpointError(f"{folder / name}: expected sha256 {expected[:12]}…, got {got[:12]}…: it is corrupt.")
+    return record
 
 
 def _warn(message: str) -> None:
@@ -168,7 +184,7 @@ def newest(
             if log_bytes is not None and found.state["progress"]["events_bytes"] > log_bytes:
                 raise CheckpointError(f"{folder}: the event log beside it ends before it: it is torn.")
             if found.record.get("best_step", 0) not in (0, found.record["step"]):
-                load_checkpoint(checkpoints / f"step-{found.record['best_step']}")
+                check_hashes(checkpoints / f"step-{found.record['best_step']}")
         except CheckpointError as error:
             warn(f"{error} Using the one before {folder.name}.")
         else:

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,6 @@ class StageLoop:
     """What every checkpoint names: stage, fingerprint."""
     phases: Callable[[str], None] = lambda _phase: None
     """Told "train", "evaluate" and "save" as the loop comes to them."""
-    _bad_steps: list[np.ndarray] = field(default_factory=list)
-    """Samples of the last steps in a row whose numbers were not finite."""
 
     def __post_init__(self) -> None:
         self.step.on_change, self.step.relieve = self.note_change, self.writer.give_way
@@ -66,7 +65,8 @@ class StageLoop:
         self._watch = MemoryWatch(self.plan, self.step, self.writer.give_way)
         while (reason := self._finished()) is None:
             self._epoch()
-        self.writer.finish()
+        with self._stalling():
+            self.writer.finish()
         self.progress.seconds = time.perf_counter() - self._started
         return reason
 
@@ -149,13 +149,14 @@ class StageLoop:
         # An overflow is the loss scaler's business, until scaling down did not help.
         scaled_away = self.plan.precision == "fp16" and math.isfinite(stats.total) and stats.loss_scale >= 1
         bad = not (math.isfinite(stats.total) and math.isfinite(stats.gradient_norm))
-        self._bad_steps = [*self._bad_steps, indices] if bad and not scaled_away else []
-        if len(self._bad_steps) >= MAX_BAD_STEPS:
-            first = self._bad_steps[0]
-            where = first_bad(self.step, self.workload.batch("train", first))
+        progress = self.progress
+        progress.bad_steps = [*progress.bad_steps, indices.tolist()] if bad and not scaled_away else []
+        if len(progress.bad_steps) >= MAX_BAD_STEPS:
+            first = progress.bad_steps[0]
+            where = first_bad(self.step, self.workload.batch("train", np.array(first)))
             raise MemfitError(
                 f"stage {self.stage['name']!r}: loss or gradients were not finite in {MAX_BAD_STEPS} steps up to step "
-                f"{self.progress.step}, {where}. The first such batch was samples {first.tolist()}. Lower lr, set "
+                f"{progress.step}, {where}. The first such batch was samples {first}. Lower lr, set "
                 f"clip, or use fp32 or bf16; the last checkpoint in {self.writer.checkpoints} is intact."
             )
 
@@ -239,12 +240,22 @@ class StageLoop:
     def _save(self, links: tuple[str, ...], *, wait: bool = False) -> None:
         self.phases("save")
         progress = self.progress
-        progress.seconds = time.perf_counter() - self._started
-        progress.events_bytes = self.events.sync()
-        every = self.stage["checkpoint_every_epochs"]
-        if every and not progress.batch and progress.epoch % every == 0:
-            links = (*links, f"epoch-{progress.epoch}")
-        state = capture(self.step, self.schedule, progress)
-        where = {name: getattr(progress, name) for name in ("step", "epoch", "batch", "best_step")}
-        self.writer.write((self.step.model.state_dict(), state, {**self.record, **where}, links), wait=wait)
+        with self._stalling():
+            progress.seconds = time.perf_counter() - self._started
+            progress.events_bytes = self.events.sync()
+            every = self.stage["checkpoint_every_epochs"]
+            if every and not progress.batch and progress.epoch % every == 0:
+                links = (*links, f"epoch-{progress.epoch}")
+            state = capture(self.step, self.schedule, progress)
+            where = {name: getattr(progress, name) for name in ("step", "epoch", "batch", "best_step")}
+            self.writer.write((self.step.model.state_dict(), state, {**self.record, **where}, links), wait=wait)
         self._saved = time.perf_counter()
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """Count the time of the block as waiting for a checkpoint."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.progress.stall_seconds += time.perf_counter() - started

@@ -28,6 +28,8 @@ class Progress:
     epochs_since_best: int = 0
     seconds: float = 0.0
     """Training time so far, over all attempts."""
+    stall_seconds: float = 0.0
+    """Of that, what training waited for checkpoints."""
     events_bytes: int = 0
     """Length of the event log when the checkpoint was written."""
     sums: dict[str, float] = field(default_factory=dict)
@@ -36,6 +38,8 @@ class Progress:
     """Samples of the epoch under way."""
     eval_batch_size: int = 0
     """What evaluation came down to where memory ran out; 0: as planned."""
+    bad_steps: list[list[int]] = field(default_factory=list)
+    """Samples of the last steps in a row whose numbers were not finite."""
     norms: list[float] = field(default_factory=list)
     """What `SpikeGuard` remembers, as the next."""
     spikes_in_a_row: int = 0

@@ -95,7 +95,10 @@ def _train(
     schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    check_free_disk(checkpoints, _checkpoint_bytes(model) * (stage["keep_checkpoints"] + 2), phases.step)
+    to_come = (
+        stage["keep_checkpoints"] + 2 - len(list(checkpoints.glob("step-*")))
+    )  # the best one, and one being written
+    check_free_disk(checkpoints, _checkpoint_bytes(model) * max(to_come, 1), phases.step)
     progress = _resume(Path(job["stage_dir"]), job["fingerprint"], step, schedule, phases.emit)
     keep_bytes = progress.events_bytes if progress else 0
     with (
@@ -123,7 +126,7 @@ def _train(
         )
         for shortage in shortages:
             step.shrink(plan.global_batch_size, "out_of_memory", "update", shortage)
-        result = _result(loop.run(), stage, loop.progress) | {"stall_seconds": writer.stall_seconds}
+        result = _result(loop.run(), stage, loop.progress)
         events.write("stage_end", **result)
         events.sync()
     return result
@@ -144,6 +147,7 @@ def _result(reason: str, stage: dict[str, Any], progress: Progress) -> dict[str,
         "steps": progress.step,
         "skipped_updates": progress.skipped,
         "seconds": progress.seconds,
+        "stall_seconds": progress.stall_seconds,
     }
 
 

@@ -1,7 +1,6 @@
 """Checkpoints written by a thread while training goes on, or at once where memory has no room for a second copy."""
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +45,6 @@ class CheckpointWriter:
     """Says how many bytes of host memory a copy may take."""
     copies: bool = True
     """False: every write waits."""
-    stall_seconds: float = 0.0
-    """For how long training waited for checkpoints so far."""
     _thread: threading.Thread | None = field(default=None, init=False)
     _error: Exception | None = field(default=None, init=False)
 
@@ -63,14 +60,12 @@ class CheckpointWriter:
     def write(self, contents: Contents, *, wait: bool) -> None:
         """Write a checkpoint; with `wait`, or where a copy of it has no room, it is durable on return."""
         self.finish()
-        started = time.perf_counter()
         copied = self._copy(contents) if self.copies and not wait else None
         if copied is None:
             self._save(contents)
         else:
             self._thread = threading.Thread(target=self._save_later, args=(copied,), name="checkpoint")
             self._thread.start()
-        self.stall_seconds += time.perf_counter() - started
 
     def give_way(self) -> bool:
         """End the write under way and copy nothing from now on; tell whether a copy was held."""
@@ -85,10 +80,8 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait for the write under way. Raises: what it raised."""
-        started = time.perf_counter()
         if self._thread is not None:
             self._thread.join()
-        self.stall_seconds += time.perf_counter() - started
         error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error

@@ -3,18 +3,17 @@
 import importlib.machinery
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
-from memfit.data.store import is_whole, owned, replaced, write_manifest
+from memfit.data.store import built
 from memfit.errors import ConfigError
 from memfit.files import fingerprint, sha256_file
-from memfit.parts import ModelPart, Name, Part
+from memfit.parts import ModelPart, Part
 from memfit.process import run_child
-from memfit.workloads.kind import Kind
+from memfit.workloads.kind import How, Kind
 
 
 class Settings(Part):
@@ -28,9 +27,6 @@ class Model(ModelPart):
 
     model_config = ConfigDict(extra="allow")
 
-    variants: dict[Name, dict[str, Any]] = Field({}, max_length=64)
-    """Name -> settings that differ from the model's own."""
-
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's settings, the model's own first, as `own`."""
         own = dict(self.model_extra or {})
@@ -42,7 +38,6 @@ class CustomKind(Kind):
 
     data, model, loss = Settings, Model, Settings
     monitors = None
-    outlines = False
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -52,33 +47,22 @@ class CustomKind(Kind):
         told = {"place": self.place, "data": data.model_extra, "code": code_version}
         return fingerprint({**told, "files": _hashes(self.place)})
 
-    def prepare(
-        self,
-        data: Settings,
-        model: Model,
-        store: Path,
-        *,
-        code_version: str,
-        fresh: bool,
-        on_progress: Callable[[str, float], None],
-    ) -> Path:
+    def prepare(self, data: Settings, model: Model, store: Path, **how: Unpack[How]) -> Path:
         """Let the module's `prepare(data, directory)`, if it has one, fill a directory; it runs in a child."""
-        name = self.fingerprint(data, model, code_version)
-        directory = store / name
-        with owned(directory):
-            if fresh or not is_whole(directory, name):
-                on_progress("preparing", 0.0)
-                with replaced(directory) as temporary:
-                    job = {"place": self.place, "data": data.model_extra or {}, "directory": str(temporary.resolve())}
-                    log = store / "logs" / f"{name}.log"
-                    run_child("memfit.workloads.custom:prepare", job, log=log).unwrap(f"preparing {self.place}")
-                    settings = {"workload": self.place, "fingerprint": name, "data": data.model_extra or {}}
-                    write_manifest(temporary, settings)
-        return directory
+        name, settings = self.fingerprint(data, model, how["code_version"]), data.model_extra or {}
 
-    def outline(self, data: Settings, model: Model, directory: Path) -> None:
+        def build(empty: Path) -> dict[str, Any]:
+            how["on_progress"]("preparing", 0.0)
+            job = {"place": self.place, "data": settings, "directory": str(empty.resolve())}
+            log = store / "logs" / f"{name}.log"
+            run_child("memfit.workloads.custom:prepare", job, log=log).unwrap(f"preparing {self.place}")
+            return {"workload": self.place, "data": settings}
+
+        return built(store, name, build, fresh=how["fresh"])
+
+    def outline(self, data: Settings, model: Model, directory: Path) -> bool:  # noqa: ARG002
         """Only the user's module knows what its data look like."""
-        raise NotImplementedError
+        return False
 
 
 def _hashes(place: str) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """What a config may say of a forecast, its net and its loss; and how its data are prepared. Torch is not needed."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Unpack
 
 from pydantic import Field, model_validator
 
@@ -11,8 +10,8 @@ from memfit.data.prepare import outline_series, prepare_series, prepared_fingerp
 from memfit.data.spec import MAX_SPAN, SeriesSpec
 from memfit.metrics.forecast import METRICS
 from memfit.models.forecaster_settings import MAX_LAYERS, ForecasterSettings
-from memfit.parts import ModelPart, Name, Part, PositiveInt, Probability, Width, merge_variants
-from memfit.workloads.kind import Kind
+from memfit.parts import ModelPart, Part, PositiveInt, Probability, Width, merge_variants
+from memfit.workloads.kind import How, Kind
 from memfit.workloads.series_settings import Features, SeriesData
 
 TASK = ("window", "horizon", "season", "inputs")
@@ -109,21 +108,14 @@ class ModelSettings(Part):
 class Model(ModelSettings, ModelPart):
     """The net, and the lighter variants that a plan may be allowed to fall back to."""
 
-    variants: dict[Name, dict[str, Any]] = Field({}, max_length=64)
-    """Name -> settings that differ from the model's own."""
-
-    @model_validator(mode="after")
-    def _variants_are_models(self) -> Self:
-        own, *others = self.all_variants().items()
-        for name, settings in others:
-            if differing := [key for key in TASK if settings[key] != own[1][key]]:
-                raise ValueError(f"variants.{name}: expected the model's own {', '.join(differing)}")
-        return self
-
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, by its cell."""
         own = self.model_dump(exclude={"variants"}, exclude_none=True)
-        return merge_variants(self.cell, own, self.variants, ModelSettings)
+        found = merge_variants(self.cell, own, self.variants, ModelSettings)
+        for name, settings in found.items():
+            if differing := [key for key in TASK if settings[key] != own[key]]:
+                raise ValueError(f"variants.{name}: expected the model's own {', '.join(differing)}")
+        return found
 
 
 class Loss(Part):
@@ -150,25 +142,16 @@ class ForecastKind(Kind):
         """Name the prepared data."""
         return str(prepared_fingerprint(self.spec(data, model), code_version))
 
-    def prepare(
-        self,
-        data: ForecastData,
-        model: Model,
-        store: Path,
-        *,
-        code_version: str,
-        fresh: bool,
-        on_progress: Callable[[str, float], None],
-    ) -> Path:
+    def prepare(self, data: ForecastData, model: Model, store: Path, **how: Unpack[How]) -> Path:
         """Prepare the series, or find it prepared. Raises: DataError too where a split is shorter than a horizon."""
-        spec = self.spec(data, model)
-        found = prepare_series(spec, store, code_version=code_version, fresh=fresh, on_progress=on_progress)
+        found = prepare_series(self.spec(data, model), store, **how)
         ForecastSeries(found, window=model.window, horizon=model.horizon, season=model.season)
         return found
 
-    def outline(self, data: ForecastData, model: Model, directory: Path) -> None:
+    def outline(self, data: ForecastData, model: Model, directory: Path) -> bool:
         """Write made-up data of the same shapes."""
         outline_series(self.spec(data, model), directory, min_targets=model.horizon + MIN_SAMPLES - 1)
+        return True
 
     def min_micro_batch_size(self, model: Model) -> int:
         """Return the fewest samples that the batch statistics make sense of."""

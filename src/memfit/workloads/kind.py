@@ -3,9 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 from memfit.parts import ModelPart, Part
+
+
+class How(TypedDict):
+    """How data are prepared."""
+
+    code_version: str
+    """Hash of the code that prepares them."""
+    fresh: bool
+    """Anew, even where they are there."""
+    on_progress: Callable[[str, float], None]
+    """Told what is being done, and the share that is."""
 
 
 class Kind(ABC):
@@ -20,29 +31,20 @@ class Kind(ABC):
     monitors: ClassVar[tuple[str, ...] | None]
     """What a stage may monitor: loss terms, their total, and metrics; None: whatever the workload measures."""
 
-    outlines: ClassVar[bool] = True
-    """Whether `outline` can be asked."""
-
     @abstractmethod
     def fingerprint(self, data: Any, model: Any, code_version: str) -> str:
         """Name the prepared data: a hash of sources, settings and code."""
 
     @abstractmethod
-    def prepare(
-        self,
-        data: Any,
-        model: Any,
-        store: Path,
-        *,
-        code_version: str,
-        fresh: bool,
-        on_progress: Callable[[str, float], None],
-    ) -> Path:
+    def prepare(self, data: Any, model: Any, store: Path, **how: Unpack[How]) -> Path:
         """Prepare the data in `store`, under their fingerprint, or find them there; return their directory."""
 
     @abstractmethod
-    def outline(self, data: Any, model: Any, directory: Path) -> None:
-        """Write made-up data of the same shapes: enough to tell what cannot fit before anything is prepared."""
+    def outline(self, data: Any, model: Any, directory: Path) -> bool:
+        """Write made-up data of the same shapes: enough to tell what cannot fit before anything is prepared.
+
+        Returns whether it could.
+        """
 
     def min_micro_batch_size(self, model: Any) -> int:  # noqa: ARG002  (other kinds look at it)
         """Return the fewest samples that the loss or the batch statistics make sense of."""

@@ -1,17 +1,16 @@
 """What a config may say of a series, its net and its losses; and how such data are prepared. Torch is not needed."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Unpack
 
 from pydantic import Field, StringConstraints, model_validator
 
 from memfit.data.prepare import outline_series, prepare_series, prepared_fingerprint
 from memfit.data.spec import MAX_SPAN, SeriesSpec
 from memfit.models.sizes import SIZES
-from memfit.parts import Depth, ModelPart, Name, Part, PositiveInt, Probability, Share, Text, Width, merge_variants
-from memfit.workloads.kind import Kind
+from memfit.parts import Depth, ModelPart, Part, PositiveInt, Probability, Share, Text, Width, merge_variants
+from memfit.workloads.kind import How, Kind
 
 Window = Annotated[int, Field(ge=1, le=MAX_SPAN, strict=True)]
 
@@ -165,15 +164,7 @@ class ModelSettings(Part):
 
 
 class Model(ModelSettings, ModelPart):
-    """The net, and the lighter variants that a plan may be allowed to fall back to."""
-
-    variants: dict[Name, dict[str, Any]] = Field({}, max_length=64)
-    """Name -> settings that differ from the model's own. `light` is there already."""
-
-    @model_validator(mode="after")
-    def _variants_are_models(self) -> Self:
-        self.all_variants()
-        return self
+    """The net, and the lighter variants that a plan may be allowed to fall back to; `light` is among them already."""
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, as `full` or `light`."""
@@ -219,20 +210,11 @@ class SeriesKind(Kind):
         """Name the prepared data."""
         return str(prepared_fingerprint(self.spec(data, model), code_version))
 
-    def prepare(
-        self,
-        data: SeriesData,
-        model: Model,
-        store: Path,
-        *,
-        code_version: str,
-        fresh: bool,
-        on_progress: Callable[[str, float], None],
-    ) -> Path:
+    def prepare(self, data: SeriesData, model: Model, store: Path, **how: Unpack[How]) -> Path:
         """Prepare the series, or find it prepared."""
-        spec = self.spec(data, model)
-        return prepare_series(spec, store, code_version=code_version, fresh=fresh, on_progress=on_progress)
+        return prepare_series(self.spec(data, model), store, **how)
 
-    def outline(self, data: SeriesData, model: Model, directory: Path) -> None:
+    def outline(self, data: SeriesData, model: Model, directory: Path) -> bool:
         """Write made-up data of the same shapes."""
         outline_series(self.spec(data, model), directory)
+        return True

@@ -1,8 +1,7 @@
 """What a config may say of images, their net and its loss; and how such data are prepared. Torch is not needed."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Unpack
 
 from pydantic import Field, model_validator
 
@@ -10,8 +9,8 @@ from memfit.data.image_spec import MAX_IMAGE_SIZE, ImageSpec
 from memfit.data.images import images_fingerprint, outline_images, prepare_images
 from memfit.metrics.vision import METRICS
 from memfit.models.resnet_settings import ResNetSettings, min_micro_batch_size
-from memfit.parts import ModelPart, Name, Part, Probability, Share, merge_variants
-from memfit.workloads.kind import Kind
+from memfit.parts import ModelPart, Part, Probability, Share, merge_variants
+from memfit.workloads.kind import How, Kind
 
 Pixels = Annotated[int, Field(ge=0, le=1024, strict=True)]
 
@@ -85,14 +84,6 @@ class ModelSettings(Part):
 class Model(ModelSettings, ModelPart):
     """The net, and the lighter variants that a plan may be allowed to fall back to."""
 
-    variants: dict[Name, dict[str, Any]] = Field({}, max_length=64)
-    """Name -> settings that differ from the model's own."""
-
-    @model_validator(mode="after")
-    def _variants_are_models(self) -> Self:
-        self.all_variants()
-        return self
-
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, by the net's name."""
         own = self.model_dump(exclude={"variants"}, exclude_none=True)
@@ -131,22 +122,14 @@ class VisionKind(Kind):
         """Name the prepared data."""
         return images_fingerprint(data.spec(), code_version)
 
-    def prepare(
-        self,
-        data: ImageData,
-        model: Model,  # noqa: ARG002
-        store: Path,
-        *,
-        code_version: str,
-        fresh: bool,
-        on_progress: Callable[[str, float], None],
-    ) -> Path:
+    def prepare(self, data: ImageData, model: Model, store: Path, **how: Unpack[How]) -> Path:  # noqa: ARG002
         """Prepare the images, or find them prepared."""
-        return prepare_images(data.spec(), store, code_version=code_version, fresh=fresh, on_progress=on_progress)
+        return prepare_images(data.spec(), store, **how)
 
-    def outline(self, data: ImageData, model: Model, directory: Path) -> None:  # noqa: ARG002
+    def outline(self, data: ImageData, model: Model, directory: Path) -> bool:  # noqa: ARG002
         """Write made-up data of the same shapes."""
         outline_images(data.spec(), directory)
+        return True
 
     def min_micro_batch_size(self, model: Model) -> int:
         """Return what batch statistics need, over all variants."""

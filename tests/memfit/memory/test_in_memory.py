@@ -110,7 +110,8 @@ def test_a_plan_is_run_in_children_and_nothing_of_the_caller_changes():
     assert optimizer.state == {}
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
+    if threads == 1:  # the standard library's generator is everybody's: other threads may draw from it
+        assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
     assert threading.active_count() == threads
 

@@ -40,7 +40,8 @@ def machine(monkeypatch):
 
 
 def watching(step, **changes) -> MemoryWatch:
-    plan = make_plan(**{"budget_bytes": 1000 * MIB, "measured_peak_bytes": 500 * MIB, **changes})
+    settings = {"budget_bytes": 1000 * MIB, "measured_peak_bytes": 500 * MIB, "accumulation_steps": 1}
+    plan = make_plan(**{**settings, **changes})
     return MemoryWatch(plan, step, lambda: False)
 
 
@@ -73,6 +74,16 @@ def test_a_step_that_no_longer_fits_is_cut_until_it_does(machine):
     machine.at_hand = 2000 * MIB  # what took the memory has gone
     look(watch, machine)
     assert machine.limits == [290 * MIB, 1000 * MIB]
+
+
+def test_a_layout_that_is_smaller_already_is_not_cut_for_the_planned_ones_peak(machine):
+    """As a resumed stage's may be: a quarter of the planned micro-batch takes 200 MiB, not 500."""
+    step = Step()
+    step.state.accumulation_steps = 4
+    watch = watching(step)
+    machine.at_hand = 210 * MIB
+    look(watch, machine)
+    assert step.reasons == []
 
 
 def test_what_steps_were_seen_to_take_counts_when_nothing_was_measured(machine):

@@ -50,7 +50,6 @@ def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path, held):
     assert torch.equal(read.weights["weight"], torch.ones(3, 4))
     assert torch.equal(read.state["moment"], torch.ones(5))
     assert read.state["numbers"] == [1]
-    assert writing.stall_seconds < 20
 
 
 @pytest.mark.parametrize(("room", "wait"), [(2 * 48 + 20 - 1, False), (2**30, True)])
