@@ -70,7 +70,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return F.cross_entropy(F.linear(hidden, weight, bias), target, ...), in chunks where `chunking` is on.
 
-    hidden [..., E], weight [V, E], bias [V], target [...] with class numbers; the result is a scalar.
+    hidden [..., E], weight [V, E], bias [V], target [...] with class numbers; the result is a scalar. A weight in half
+    precision takes products with wider rows in its own precision, and the loss in fp32, as autocast does.
     reduction: "sum", or "mean" over the targets that are not ignored.
     Raises: ConfigError for another reduction, and where hidden and target differ in shape.
     """
@@ -83,12 +84,14 @@ def linear_cross_entropy(
         )
     _state.used = True
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).long()
+    lower = _autocast_dtype(hidden.device.type) or _half(weight, hidden)
     if not _state.enabled or len(rows) <= chunk_rows(len(weight)):
-        logits = F.linear(rows, weight, bias)
+        narrow = lower is not None and lower == weight.dtype
+        logits = F.linear(rows.to(weight.dtype), weight, bias).float() if narrow else F.linear(rows, weight, bias)
         return F.cross_entropy(
             logits, labels, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
         )
-    head = _Head(ignore_index, label_smoothing, _autocast_dtype(hidden.device.type))
+    head = _Head(ignore_index, label_smoothing, lower)
     loss: Tensor = _Chunked.apply(head, rows, weight, bias, labels)  # type: ignore[no-untyped-call]
     if reduction == "mean":
         loss = loss / (labels != ignore_index).sum()
@@ -98,6 +101,11 @@ def linear_cross_entropy(
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     available = torch.amp.is_autocast_available(device_type)
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
+
+
+def _half(weight: Tensor, hidden: Tensor) -> torch.dtype | None:
+    """Return the precision of a weight that is narrower than the rows."""
+    return weight.dtype if torch.finfo(weight.dtype).bits < torch.finfo(hidden.dtype).bits else None
 
 
 @dataclass(frozen=True)

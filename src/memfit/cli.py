@@ -1,4 +1,4 @@
-"""The command line: `memfit init | run | plan | train | evaluate | export | report | devices`, without Prefect."""
+"""The command line: `memfit init | run | plan | train | evaluate | export | generate | report | ...`, no Prefect."""
 
 import json
 import shutil
@@ -203,6 +203,40 @@ def report(
         runs=runs,
         store=store,
     )
+
+
+@app.command("generate", help="Continue a text with an exported language model, token by token.")
+def generate(
+    target: Annotated[Path, typer.Argument(metavar="RUN_DIR_OR_BUNDLE", help="A finished run, or its export folder.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue, given as often as wanted; none begins a document.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="What logits are divided by; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many of the likeliest tokens; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write prompts and what follows them to stdout, as it comes."""
+    from memfit.export.infer import BundleError, InputError, Model
+    from memfit.workloads.generate import Sampling, TextModel
+
+    folder = target / "export" if (target / "export").is_dir() else target
+    try:
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        model = TextModel(Model(folder), folder)
+        for text in prompt or [""]:
+            pieces = model.generate(text, sampling, max_tokens)
+            if as_json:
+                typer.echo(json.dumps({"prompt": text, "text": "".join(pieces)}))
+                continue
+            typer.echo(text, nl=False)
+            for piece in pieces:
+                typer.echo(piece, nl=False)
+            typer.echo()
+    except (BundleError, InputError, ValueError) as error:
+        raise ConfigError(f"generate: {error}") from error
 
 
 @app.command("init", help="Make a folder with a task of your own that runs at once: your model and data go in there.")

@@ -23,6 +23,7 @@ from memfit.errors import ConfigError
 from memfit.memory.devices import PATTERN as DEVICE_PATTERN
 from memfit.memory.devices import find_device, is_here, read_devices
 from memfit.memory.units import PATTERN as BUDGET_PATTERN
+from memfit.metrics.directions import higher_is_better
 from memfit.parts import Count, ModelPart, Name, Part, PositiveInt, Probability, Text, cut, explain
 from memfit.workloads.kind import Kind
 from memfit.workloads.registry import WORKLOADS, is_known, load_kind
@@ -45,7 +46,6 @@ _DEEP_KEY = re.compile(
 """A dotted key with more parts: the standard library's reader takes quadratic time over it."""
 DEFAULT_WORKLOAD = "series"
 Precision = Literal["fp32", "bf16", "fp16"]
-_RISING = re.compile(r"(accuracy|f1|r2|precision|recall)$")
 
 
 class Optimizer(Part):
@@ -103,6 +103,8 @@ class Stage(Part):
     """Name of the stage."""
     epochs: PositiveInt
     """Most epochs."""
+    epoch_steps: PositiveInt | None = None
+    """Optimizer steps after which an epoch ends; none: when every sample was used once. The next one draws anew."""
     global_batch_size: Annotated[int, Field(ge=1, le=2**24, strict=True)]
     """Samples per optimizer step, whatever the plan does to fit them."""
     lr: Annotated[float, Field(gt=0)]
@@ -113,6 +115,11 @@ class Stage(Part):
     """How the learning rate changes."""
     loss: Part
     """Losses and their weights: the workload's."""
+    model: Annotated[dict[Name, Any], Field(max_length=64, default_factory=dict)]
+    """Settings of the model that change with this stage, and stay so for the next ones. The weights of the stage before
+    are carried over, where the workload knows how: a language model grows without changing what it computes."""
+    keep_optimizer: bool | None = None
+    """Go on with the optimizer's moments of the stage before; default: where the model changes."""
     train: Annotated[tuple[Text, ...], Field(max_length=256)] = ("*",)
     """Parameters to train, by shell-style patterns of their names; the rest is frozen."""
     monitor: Text = "total"
@@ -139,8 +146,8 @@ class Stage(Part):
 
     def arguments(self) -> dict[str, Any]:
         """Return what the training takes."""
-        plain = self.model_dump(mode="json", exclude={"optimizer", "lr", "loss"})
-        mode = self.monitor_mode or ("max" if _RISING.search(self.monitor) else "min")
+        plain = self.model_dump(mode="json", exclude={"optimizer", "lr", "loss", "model"})
+        mode = self.monitor_mode or ("max" if higher_is_better(self.monitor) else "min")
         optimizer = self.optimizer.arguments(self.lr)
         return {**plain, "clip": self.clip or None, "optimizer": optimizer, "monitor_mode": mode}
 
@@ -190,6 +197,21 @@ class Export(Part):
     """Largest relative difference to torch; with neither given, 1e-5."""
     samples: Annotated[int, Field(ge=MIN_SAMPLES, le=4096, strict=True)] = 64
     """Real test rows that parity is checked on and that the bundle carries."""
+    with_weights: bool = True
+    """Add the trained weights, weights.safetensors, which another training may start from."""
+
+
+class Gate(Part):
+    """What a finished model must reach on the test rows; one that does not is finished all the same, and says so."""
+
+    metric: Text = ""
+    """The score that decides; none: the workload's own choice."""
+    beat_baselines: bool = True
+    """Be better than every baseline, by more than chance explains: a 95 % bootstrap interval of the difference."""
+    at_least: float | None = None
+    """Smallest score."""
+    at_most: float | None = None
+    """Largest score."""
 
 
 class RunConfig(Part):
@@ -209,6 +231,8 @@ class RunConfig(Part):
     """How it is trained, in order."""
     plan: Planning = Planning()
     """How it may fit into memory."""
+    gate: Gate = Gate()
+    """What the model must reach on the test rows."""
     export: Export = Export()
     """The ONNX bundle."""
     hang_minutes: Annotated[float, Field(ge=0)] = 30.0
@@ -225,10 +249,35 @@ class RunConfig(Part):
                 raise ValueError(
                     f"stages.{index}.monitor: expected one of {', '.join(monitors)}, got {stage.monitor!r}"
                 )
+        self._check_models()
         known = self.model.all_variants()
         if missing := [name for name in self.plan.variants if name not in known]:
             raise ValueError(f"plan.variants: {missing} are not among the model's variants {list(known)}")
         return self
+
+    def _check_models(self) -> None:
+        """Refuse changes of the model that a stage cannot make. Raises: ValueError."""
+        first, *later = self.stages
+        if first.model:
+            raise ValueError("stages.0.model: expected none; set what the first stage trains in the table model")
+        if any(stage.model for stage in later) and (self.model.variants or self.plan.variants):
+            raise ValueError("stages: expected no variants where a stage changes the model")
+        if first.keep_optimizer:
+            raise ValueError("stages.0.keep_optimizer: expected a stage before it, whose optimizer is kept")
+        self.stage_models()
+
+    def stage_models(self) -> list[ModelPart]:
+        """Return the model of each stage: that of the stage before, with what the stage changes. Raises: ValueError."""
+        found = [self.model]
+        for index, stage in enumerate(self.stages[1:], 1):
+            try:
+                found.append(self.kind.follow(found[-1], stage.model) if stage.model else found[-1])
+            except ValidationError as error:
+                faults = [explain(dict(fault), type(self.model)) for fault in error.errors()]
+                raise ValueError(f"stages.{index}.model: {'; '.join(faults)}") from None
+            except ValueError as error:
+                raise ValueError(f"stages.{index}.model: {error}") from None
+        return found
 
     @property
     def kind(self) -> Kind:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from memfit.memory.plan import describe_change
+from memfit.report.gate import gate_sentence
 
 MIB = 2**20
 _QUIET_SECONDS = 10.0
@@ -31,6 +32,7 @@ class RunView:
         self._task: TaskID | None = None
         self._epochs = self._steps_per_epoch = 0
         self._last_line = time.monotonic()
+        self._unhealthy: set[str] = set()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event; unknown kinds are not shown."""
@@ -79,6 +81,7 @@ class RunView:
         self._open_bar(event)
 
     def _open_bar(self, event: dict[str, Any]) -> None:
+        self._unhealthy = set()
         self._epochs, self._steps_per_epoch = event["epochs"], event["steps_per_epoch"]
         if self.console.is_terminal:
             columns = (
@@ -109,6 +112,13 @@ class RunView:
             f"      [yellow]step {event['step']}: update skipped, gradient norm {_figure(event['gradient_norm'])} "
             f"against a median of {_figure(event['median'])}[/yellow]"
         )
+
+    def _health(self, event: dict[str, Any]) -> None:
+        """Show each kind of warning once a stage; the report has them all."""
+        said = [warning["message"] for warning in event["warnings"] if warning["kind"] not in self._unhealthy]
+        self._unhealthy |= {warning["kind"] for warning in event["warnings"]}
+        if said:
+            self.console.print(f"      [yellow]epoch {event['epoch']}: {escape('; '.join(said))}[/yellow]")
 
     def _layout(self, event: dict[str, Any]) -> None:
         self.console.print(f"      [yellow]{describe_change(event)}[/yellow]")
@@ -204,6 +214,8 @@ def show_summary(console: Console, summary: dict[str, Any]) -> None:
         show_plans(console, summary["plans"])
     if summary["metrics"]:
         show_metrics(console, summary)
+    if summary.get("gate"):
+        console.print(gate_sentence(summary["gate"]), markup=False, soft_wrap=True)
     origins = {step["from_run"] for step in summary["steps"] if step["name"] != "report"}
     if summary["steps"] and all(step["status"] == "reused" for step in summary["steps"] if step["name"] != "report"):
         runs = ", ".join(sorted(str(origin) for origin in origins if origin != "the store"))

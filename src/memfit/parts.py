@@ -28,6 +28,13 @@ class ModelPart(Part, ABC):
 
     variants: Annotated[dict[Name, dict[str, Any]], Field(max_length=64)] = {}
     """Name -> settings that differ from the model's own."""
+    start: Annotated[str, Field(max_length=4096)] = ""
+    """Weights to start from: a run directory, a checkpoint, or an exported bundle. None: drawn anew."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The model's own settings, without the variants and where it starts from."""
+        return self.model_dump(exclude=set(ModelPart.model_fields), exclude_none=True)
 
     @abstractmethod
     def all_variants(self) -> dict[str, dict[str, Any]]:

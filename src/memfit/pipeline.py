@@ -26,8 +26,10 @@ from memfit.memory.host import oom_kills
 from memfit.memory.plan import HEADROOM, Plan, Probe
 from memfit.memory.planner import check_feasible, plan_stage, planning
 from memfit.memory.request import PlanRequest
+from memfit.parts import ModelPart
 from memfit.process import Emit, run_child, start_template
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
+from memfit.starting_point import starting_point
 
 PACKAGE = Path(memfit.__file__).parent
 _STEP = ("step.py", "chunked_loss.py", "memory/enforcement.py", "memory/host.py")
@@ -41,7 +43,7 @@ CODE = {
 """Which source files a step's result depends on; a change in one of them runs the step again."""
 MAX_DEATHS = 3
 """How often a training child may die without having come to another checkpoint."""
-LIBRARIES = ("torch", "numpy", "pandas", "onnx", "onnxruntime")
+LIBRARIES = ("torch", "numpy", "pandas", "onnx", "onnxruntime", "tokenizers")
 
 
 def code_version(part: str) -> str:
@@ -188,11 +190,12 @@ class Pipeline:
             start_template(self._log("plan"))
             if not self.config.kind.outline(self.config.data, self.config.model, Path(folder) / "data"):
                 return None
+            data_dir = str(Path(folder) / "data")
             different = {self._weight(stage): stage for stage in self.config.stages}.values()
             failure: DoesNotFitError | None = None
-            for variant in self._variants:
+            for lighter in self._lighter:
                 requests = [
-                    self._request(stage, variant, "", data_dir=str(Path(folder) / "data")) for stage in different
+                    self._request(stage, lighter or self._wanted(stage), "", data_dir=data_dir) for stage in different
                 ]
                 try:
                     return check_feasible(requests)
@@ -201,10 +204,10 @@ class Pipeline:
             assert failure is not None
             raise failure
 
-    @staticmethod
-    def _weight(stage: Stage) -> str:
+    def _weight(self, stage: Stage) -> str:
         """Tell apart stages whose smallest step takes different amounts of memory."""
-        return fingerprint([stage.optimizer.model_dump(mode="json"), list(stage.train), bool(stage.clip)])
+        model, optimizer = self._models[stage.name].own, stage.optimizer.model_dump(mode="json")
+        return fingerprint([model, optimizer, list(stage.train), bool(stage.clip)])
 
     def _progress(self, message: str, share: float) -> None:
         self.on_event({"event": "progress", "message": message, "share": share})
@@ -212,16 +215,30 @@ class Pipeline:
     # plan
 
     @cached_property
-    def _variants(self) -> dict[str, dict[str, Any]]:
-        known = self.config.model.all_variants()
-        return {name: known[name] for name in dict.fromkeys([next(iter(known)), *self.config.plan.variants])}
+    def _models(self) -> dict[str, ModelPart]:
+        """The model of each stage, by the stage's name."""
+        names = (stage.name for stage in self.config.stages)
+        return dict(zip(names, self.config.stage_models(), strict=True))
+
+    def _wanted(self, stage: Stage) -> str:
+        """Name a stage's own variant."""
+        return next(iter(self._models[stage.name].all_variants()))
+
+    @property
+    def _lighter(self) -> list[str | None]:
+        """List what may be planned, in order: the wanted variants (None), then the lighter ones that are allowed."""
+        first = self._wanted(self.config.stages[0])
+        return [None, *(name for name in dict.fromkeys(self.config.plan.variants) if name != first)]
 
     def _job(self, stage: Stage, data_dir: str | None = None) -> dict[str, Any]:
+        model, wanted = self._models[stage.name], self._wanted(stage)
+        allowed = [wanted, *(name for name in self._lighter if name)]
         return {
             "workload": self.config.workload,
-            "min_micro_batch_size": self.config.kind.min_micro_batch_size(self.config.model),
+            "min_micro_batch_size": self.config.kind.min_micro_batch_size(model),
             "data_dir": data_dir or self.run.record["data_dir"],
-            "model": {"variant": next(iter(self._variants)), "variants": self._variants},
+            "model": {"variant": wanted, "variants": {name: model.all_variants()[name] for name in allowed}},
+            "sources": self.config.kind.sources_fingerprint(model),
             "loss": stage.loss.model_dump(mode="json"),
             "stage": stage.arguments(),
         }
@@ -271,7 +288,9 @@ class Pipeline:
     def _plan(self) -> None:
         if is_here(self.config.plan.device):
             check_device(self.config.plan.device)
-        keys = [self._plan_key(stage, variant) for stage in self.config.stages for variant in self._variants]
+        keys = [
+            self._plan_key(stage, name or self._wanted(stage)) for stage in self.config.stages for name in self._lighter
+        ]
         digest = fingerprint(keys)
         if self.run.done("plan", digest) and "stages" in _read_if_whole(self.run.path / "plan.json"):
             return
@@ -285,13 +304,14 @@ class Pipeline:
         self.run.note("plan", digest, status, from_run=origin, seconds=time.perf_counter() - started)
 
     def _first_variant_that_fits(self) -> tuple[list[Plan], list[bool]]:
-        """Plan all stages with one variant: the wanted one, else the first allowed one that fits everywhere."""
+        """Plan all stages with what is wanted, else with the first allowed variant that fits everywhere."""
         failure: DoesNotFitError | None = None
-        for variant in self._variants:
+        for lighter in self._lighter:
             try:
                 pairs: list[tuple[Plan, bool]] = []
                 for stage in self.config.stages:
-                    pairs.append(self._stage_plan(stage, variant, self._known([plan for plan, _ in pairs], stage)))
+                    known = self._known([plan for plan, _ in pairs], stage)
+                    pairs.append(self._stage_plan(stage, lighter or self._wanted(stage), known))
                 return [plan for plan, _ in pairs], [reused for _, reused in pairs]
             except DoesNotFitError as error:
                 failure = error
@@ -302,6 +322,7 @@ class Pipeline:
         """Return what was measured for the first stage that takes as much memory and time per micro-step."""
         for before, plan in zip(self.config.stages, plans, strict=False):
             same = all(getattr(before, name) == getattr(stage, name) for name in ("optimizer", "loss", "train", "clip"))
+            same = same and self._models[before.name] == self._models[stage.name]
             if same and before.global_batch_size >= stage.global_batch_size:
                 return list(plan.probes)
         return []
@@ -334,13 +355,13 @@ class Pipeline:
             precisions=settings.precisions,
             checkpointings=settings.checkpointing,
             variant=variant,
-            wanted_variant=next(iter(self._variants)),
+            wanted_variant=self._wanted(stage),
             fingerprint=key,
             clip=stage.clip or None,
             deadline_seconds=settings.deadline_seconds,
             estimate_only=settings.estimate_only,
             user_devices=settings.devices,
-            min_micro_batch_size=self.config.kind.min_micro_batch_size(self.config.model),
+            min_micro_batch_size=self.config.kind.min_micro_batch_size(self._models[stage.name]),
             known=known,
             log=self._log("plan"),
         )
@@ -378,10 +399,15 @@ class Pipeline:
                 "job": {key: value for key, value in self._job(stage).items() if key != "data_dir"},
                 "layout": {key: getattr(plan, key) for key in layout},
                 "seed": self.config.seed,
-                "before": self._train_key(index - 1) if index else None,
+                "before": self._train_key(index - 1) if index else self._start_key,
                 "code": code_version("train"),
             }
         )
+
+    @cached_property
+    def _start_key(self) -> str | None:
+        """Name the weights that the first stage starts from. Raises: ConfigError where there are none."""
+        return starting_point(self.config.model.start).sha256 if self.config.model.start else None
 
     def _trainer(self, index: int) -> Callable[[], None]:
         def train() -> None:
@@ -400,7 +426,7 @@ class Pipeline:
             "plan": self.plans[index].to_dict(),
             "stage_dir": str(self.run.path / self.stage_dir(index)),
             "fingerprint": key,
-            "initial_weights": str(before) if index else None,
+            "initial_weights": str(before) if index else self.config.model.start or None,
         }
         try:
             self._train_through(index, job)
@@ -408,7 +434,7 @@ class Pipeline:
             plan = self.plans[index]
             if not plan.in_flight:
                 raise
-            request = self._request(stage, plan.variant or next(iter(self._variants)), plan.fingerprint)
+            request = self._request(stage, plan.variant or self._wanted(stage), plan.fingerprint)
             raise DoesNotFitError(f"{error} {what_would_fit(request, plan)}") from None
 
     def _train_through(self, index: int, job: dict[str, Any]) -> None:
@@ -450,7 +476,7 @@ class Pipeline:
         if change["reason"] == "out_of_memory":
             plan, stage = plans[index], self.config.stages[index]
             (self.store / "plans" / f"{Path(plan.fingerprint).name}.json").unlink(missing_ok=True)
-            latest = self._latest_plan_parts(stage, plan.variant or next(iter(self._variants)))
+            latest = self._latest_plan_parts(stage, plan.variant or self._wanted(stage))
             write_json(latest, {**_read_if_whole(latest), "ran_out": change["message"]})
 
     def _child(self, step: str, target: str, job: dict[str, Any], on_event: Emit | None = None) -> Any:
@@ -469,10 +495,13 @@ class Pipeline:
         }
 
     def _evaluate(self) -> None:
-        key = {"train": self._train_key(len(self.config.stages) - 1), "code": code_version("evaluate")}
+        gate = self.config.gate.model_dump(mode="json")
+        key = {"train": self._train_key(len(self.config.stages) - 1), "gate": gate, "code": code_version("evaluate")}
         outputs = ["evaluation.json", "predictions.npz"]
         target = "memfit.evaluation.evaluate:run"
-        self._do("evaluate", key, outputs, lambda: self._child("evaluate", target, self._finished_job()))
+        self._do(
+            "evaluate", key, outputs, lambda: self._child("evaluate", target, self._finished_job() | {"gate": gate})
+        )
 
     def _export(self) -> None:
         settings = self.config.export.model_dump(mode="json")
@@ -482,6 +511,7 @@ class Pipeline:
         card = {
             "name": self.config.name,
             "workload": self.config.workload,
+            "model": self._finished_model(),
             "metrics": evaluation["metrics"],
             "baselines": evaluation["baselines"],
             "hashes": {
@@ -494,6 +524,11 @@ class Pipeline:
         }
         job = {"export_dir": str(self.run.path / "export"), **settings, "card": card}
         self._do("export", key, ["export"], lambda: self._export_through({**self._finished_job(), **job}))
+
+    def _finished_model(self) -> dict[str, Any]:
+        """Return the settings of the model that was trained last."""
+        stage, plan = self.config.stages[-1], self.plans[-1]
+        return self._models[stage.name].all_variants()[plan.variant or self._wanted(stage)]
 
     def _export_through(self, job: dict[str, Any]) -> None:
         """Export; where memory runs out, once more with as few sample rows as parity is checked on."""
@@ -529,6 +564,7 @@ class Pipeline:
             "metrics": evaluation.get("metrics"),
             "baselines": evaluation.get("baselines"),
             "unit": evaluation.get("unit"),
+            "gate": evaluation.get("gate"),
         }
 
 
@@ -564,6 +600,8 @@ def open_run(
 
     Raises: RunStateError where the directory holds a run of another config.
     """
+    if config.model.start:
+        starting_point(config.model.start)  # refused before any work
     text = to_toml(config)
     path = run_dir or (unfinished(runs / config.name, text) if resume else None) or runs / config.name / new_run_id()
     if path.exists() and not path.is_dir():

@@ -299,6 +299,8 @@ class TrainingStep:
     """Largest total gradient norm, or None."""
     accepts: Callable[[float], bool] | None = None
     """Asked, if given, with the gradient norm before clipping whether to update; the gradients are dropped if not."""
+    observe: Callable[[], None] | None = None
+    """Called, if given, with a step's gradients complete and not yet clipped; must leave them as they are."""
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -357,6 +359,8 @@ class TrainingStep:
     def update(self) -> tuple[Tensor, bool]:
         """Unscale, clip, step and zero; return the gradient norm before clipping and whether it stepped."""
         self.scaler.unscale_(self.optimizer)
+        if self.observe is not None:
+            self.observe()
         norm = self._clip()
         if self.accepts is not None and not self.accepts(float(norm)):
             self.scaler.update()

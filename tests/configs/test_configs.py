@@ -7,27 +7,43 @@ import pytest
 import torch
 
 from memfit.config import load_config, to_toml
+from memfit.memory.budget import resolve_budget
+from memfit.memory.planner import plan_stage
+from memfit.memory.request import PlanRequest
 from memfit.memory.units import parse_bytes
 from memfit.pipeline import open_run
 from memfit.step import StepLayout, TrainingStep
-from memfit.training.optimizers import freeze_all_but
 from memfit.training.program import stage_program
 from memfit.workloads.registry import WORKLOADS, load_workload
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
-def outlined(config, folder: Path):
-    """Build a config's workload on made-up data of the shapes that it says."""
-    config.kind.outline(config.data, config.model, folder / "data")
-    variants = config.model.all_variants()
-    job = {
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Hold the data of user's own workloads, once for all tests."""
+    return tmp_path_factory.mktemp("store")
+
+
+def outlined(config, folder: Path, store: Path, stage: int = 0):
+    """Build a stage's workload on made-up data of the shapes that it says; where nobody can tell them, on its own."""
+    return load_workload(job_of(config, folder, store, stage))
+
+
+def job_of(config, folder: Path, store: Path, stage: int) -> dict:
+    data_dir = folder / "data"
+    if not data_dir.exists() and not config.kind.outline(config.data, config.model, data_dir):
+        how = {"code_version": "test", "fresh": False, "on_progress": lambda _phase, _share: None}
+        data_dir = config.kind.prepare(config.data, config.model, store, **how)
+    variants = config.stage_models()[stage].all_variants()
+    return {
         "workload": config.workload,
-        "data_dir": str(folder / "data"),
+        "data_dir": str(data_dir),
         "model": {"variant": next(iter(variants)), "variants": variants},
-        "loss": config.stages[0].loss.model_dump(mode="json"),
+        "loss": config.stages[stage].loss.model_dump(mode="json"),
+        "stage": config.stages[stage].arguments(),
+        "min_micro_batch_size": config.kind.min_micro_batch_size(config.stage_models()[stage]),
     }
-    return load_workload(job)
 
 
 @pytest.fixture(params=CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -43,9 +59,12 @@ def test_the_documented_configs_are_shipped():
     assert {path.stem for path in CONFIGS} >= {
         *("smoke", "weather_quick", "multiscale_t4"),
         *("digits_smoke", "digits_quick", "cifar10_resnet18"),
-        *("forecast_smoke", "forecast_quick"),
+        *("forecast_smoke", "forecast_quick", "forecast_reference"),
+        *("custom_smoke", "custom_quick"),
+        *("language_smoke", "language_quick", "recurrent_tiny", "experts_quick", "experts_t4"),
     }
-    assert {load_config(path).workload for path in CONFIGS} == set(WORKLOADS)
+    workloads = {load_config(path).workload for path in CONFIGS}
+    assert workloads == {*WORKLOADS, "memfit.template_project.task:build"}
 
 
 def test_writes_itself_out_and_back(config, tmp_path):
@@ -53,27 +72,61 @@ def test_writes_itself_out_and_back(config, tmp_path):
     assert load_config(tmp_path / "resolved.toml") == config
 
 
-def test_its_first_stage_takes_two_micro_steps(config, tmp_path):
-    workload = outlined(config, tmp_path)
-    torch.manual_seed(0)
-    program = stage_program(workload, config.stages[0].arguments())
-    model = program.build().train()
-    step = TrainingStep(StepLayout(2), program, model, program.optimizer(model), clip=config.stages[0].clip or None)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    stats = step(workload.batch("train", np.arange(4)))
-    assert np.isfinite(stats.total)
-    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+def different_stages(config) -> list[int]:
+    """Leave out the stages whose step is that of one before."""
+    seen, found = [], []
+    for index, (stage, model) in enumerate(zip(config.stages, config.stage_models(), strict=True)):
+        if (facts := (model, stage.train, stage.loss, stage.optimizer)) not in seen:
+            seen.append(facts)
+            found.append(index)
+    return found
 
 
-def test_its_stages_train_parameters_that_exist(config, tmp_path):
-    model = next(iter(outlined(config, tmp_path).variants().values()))()
-    for stage in config.stages:
-        freeze_all_but(model, list(stage.train))
-        assert any(parameter.requires_grad for parameter in model.parameters())
+def test_its_stages_take_two_micro_steps(config, tmp_path, store):
+    for index in different_stages(config):
+        workload, stage = outlined(config, tmp_path, store, index), config.stages[index]
+        torch.manual_seed(0)
+        program = stage_program(workload, stage.arguments())
+        model = program.build().train()
+        step = TrainingStep(StepLayout(2), program, model, program.optimizer(model), clip=stage.clip or None)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        stats = step(workload.batch("train", np.arange(4)))
+        assert np.isfinite(stats.total)
+        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert changed
+        assert changed <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("stem", ["digits_smoke", "forecast_smoke"])
+def test_its_stages_can_be_planned_by_estimate(config, tmp_path, store):
+    here = config.plan.device == "cpu"
+    budget = resolve_budget(config.plan.budget, "cpu") if here else parse_bytes(config.plan.budget)
+    for index in different_stages(config):
+        job, stage = job_of(config, tmp_path, store, index), config.stages[index]
+        plan = plan_stage(
+            PlanRequest(
+                stage=stage.name,
+                program={"factory": "memfit.training.program:from_job", "arguments": job},
+                global_batch_size=stage.global_batch_size,
+                budget_bytes=budget,
+                device="cpu" if here else "t4",
+                precisions=config.plan.precisions,
+                checkpointings=config.plan.checkpointing,
+                variant=job["model"]["variant"],
+                wanted_variant=job["model"]["variant"],
+                fingerprint="",
+                clip=stage.clip or None,
+                estimate_only=True,
+                min_micro_batch_size=job["min_micro_batch_size"],
+            )
+        )
+        assert plan.micro_batch_size * plan.accumulation_steps >= stage.global_batch_size
+        assert 0 < plan.upper_peak_bytes <= budget
+        assert not plan.verified
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("stem", ["digits_smoke", "forecast_smoke", "custom_smoke", "language_smoke"])
 def test_smoke_configs_go_through_the_whole_pipeline(stem, tmp_path):
     run = open_run(named(stem), runs=tmp_path / "runs", store=tmp_path / "store")
     run.perform_until("report")
@@ -82,9 +135,9 @@ def test_smoke_configs_go_through_the_whole_pipeline(stem, tmp_path):
     assert set(summary["metrics"]) == set(next(iter(summary["baselines"].values())))
 
 
-def test_the_reference_series_keeps_everything(tmp_path):
+def test_the_reference_series_keeps_everything(tmp_path, store):
     config = named("multiscale_t4")
-    model = outlined(config, tmp_path).variants()["full"]()
+    model = outlined(config, tmp_path, store).variants()["full"]()
     size = sum(parameter.numel() for parameter in model.parameters())
     assert 9.3e6 <= size <= 10.3e6
     assert model.windows == (50, 200, 500, 1000)
@@ -95,10 +148,22 @@ def test_the_reference_series_keeps_everything(tmp_path):
     assert config.plan.variants == ()
 
 
-def test_the_reference_classifier_is_that_of_its_paper(tmp_path):
+def test_the_reference_classifier_is_that_of_its_paper(tmp_path, store):
     """He et al., 2016: ResNet-18 with CIFAR's stem, 11.17 M parameters."""
     config = named("cifar10_resnet18")
-    model = outlined(config, tmp_path).variants()["resnet18"]()
+    model = outlined(config, tmp_path, store).variants()["resnet18"]()
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
     assert config.kind.min_micro_batch_size(config.model) == 16
     assert config.stages[0].global_batch_size == 128
+
+
+def test_the_reference_forecaster_is_deep_and_sees_a_week(tmp_path, store):
+    config = named("forecast_reference")
+    workload = outlined(config, tmp_path, store)
+    model = workload.variants()["lstm"]()
+    recurrent = [module for module in model.modules() if isinstance(module, torch.nn.LSTM)]
+    assert [(layer.hidden_size, layer.bidirectional) for layer in recurrent] == [(100, False)] * 5
+    assert workload.batch("train", np.arange(2))["history"].shape[1] == 168
+    assert model(workload.batch("test", np.arange(2))["history"])[1].shape == (2, 24, 168)
+    assert config.kind.min_micro_batch_size(config.model) == 1
+    assert config.plan.variants == ()

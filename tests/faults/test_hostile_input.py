@@ -76,7 +76,7 @@ SOURCES = {
     "zeros below a header": LONG_ROW,
     "quote that never closes": LONG_ROW,
     "zeros below good rows": LONG_ROW,
-    "larger than any disk": "expected at most 64 GiB, got 1024 GiB. Split it by time",
+    "larger than any disk": "expected at most 64 GiB, got 1024 GiB. Split it",
     "a million columns": "1000002 columns; expected at most 8192. Drop the others",
     "many columns below a quoted line": "400003 columns; expected at most 8192",
     "gzip of one line": LONG_ROW,

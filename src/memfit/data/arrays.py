@@ -13,20 +13,25 @@ from numpy.typing import NDArray
 class ArrayWriter:
     """Write a .npy file in pieces along its first dimension; no more than a piece is in memory.
 
-    Used as a context; leaving it makes the file durable.
+    shape: the first entry may be None, for as many rows as are written. Used as a context; leaving it makes the file
+    durable.
     """
 
-    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-        self._dtype, self._shape, self._num_rows = np.dtype(dtype), shape, 0
+    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int | None, ...]) -> None:
+        self._dtype, self._shape, self.num_rows = np.dtype(dtype), shape, 0
         self._file = path.open("wb")
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        self._write_header(shape[0] or 0)
+
+    def _write_header(self, num_rows: int) -> None:
+        """Write a header, which numpy pads so that one with another number of rows takes its place."""
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (num_rows, *self._shape[1:])}
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def write(self, rows: NDArray[Any]) -> None:
         """Append rows."""
         assert rows.shape[1:] == self._shape[1:]
         self._file.write(np.ascontiguousarray(rows, self._dtype).data)
-        self._num_rows += len(rows)
+        self.num_rows += len(rows)
 
     def __enter__(self) -> Self:
         return self
@@ -35,7 +40,10 @@ class ArrayWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            assert kind is not None or self._num_rows == self._shape[0]
+            assert kind is not None or self._shape[0] in (None, self.num_rows)
+            if self._shape[0] is None:
+                self._file.seek(0)
+                self._write_header(self.num_rows)
             self._file.flush()
             os.fsync(self._file.fileno())
 

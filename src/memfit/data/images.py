@@ -9,16 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memfit.data.arrays import ArrayWriter, write_array
-from memfit.data.image_sources import (
-    SPLIT_CODES,
-    ImageFile,
-    RawImages,
-    hash_file,
-    list_files,
-    outline_source,
-    read_images,
-)
+from memfit.data.image_sources import hash_file, list_files, outline_source, read_images
 from memfit.data.image_spec import ImageSpec
+from memfit.data.raw_images import SPLIT_CODES, ImageFile, RawImages
 from memfit.data.splits import SPLITS
 from memfit.data.store import built, write_manifest
 from memfit.errors import DataError

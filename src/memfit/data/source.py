@@ -54,7 +54,7 @@ def find_files(source: FilesSource | SampleSource) -> list[Path]:
         return [_find_sample(source)]
     found: dict[Path, Path] = {}
     for pattern in source.paths:
-        for path in _expand(pattern):
+        for path in expand(pattern):
             found.setdefault(path.resolve(), path)
     for path in found.values():
         if not path.name.lower().endswith((*CSV_SUFFIXES, *PARQUET_SUFFIXES)):
@@ -63,7 +63,8 @@ def find_files(source: FilesSource | SampleSource) -> list[Path]:
     return sorted(found.values())
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
+    """Find the files that a path or glob names. Raises DataError where there are none."""
     try:
         return _matches(pattern)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a home that nobody has
@@ -119,7 +120,7 @@ def hash_files(paths: Sequence[Path]) -> list[SourceFile]:
             state = path.stat()
             if state.st_size > MAX_FILE_BYTES:
                 most, size = MAX_FILE_BYTES >> 30, state.st_size >> 30
-                raise DataError(f"{path}: expected at most {most} GiB, got {size} GiB. Split it by time")
+                raise DataError(f"{path}: expected at most {most} GiB, got {size} GiB. Split it")
             hashed.append(SourceFile(path, hash_table(path), state.st_size, state.st_mtime_ns))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}. Check its permissions") from error

@@ -2,11 +2,12 @@
 
 import resource
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memfit.data.limits import BATCH_BYTES, MIB
+from memfit.data.parquet import Stated
 from memfit.data.tables import Columns, is_parquet, parsed_batches, stated
 from memfit.errors import DataError
 from memfit.memory.host import host_memory
@@ -23,22 +24,27 @@ def try_parquet(paths: Sequence[Path], columns: Columns) -> None:
 
     Raises: DataError where one takes more memory or time than its metadata account for, and whatever reading raises.
     """
-    paths = [path for path in paths if is_parquet(path)]
-    if not paths:
+    told = {path: stated(path, columns) for path in paths if is_parquet(path)}
+    job = {"columns": [columns.time, columns.numbers, columns.only]}
+    try_files("memfit.data.trial:run", job, told, len(columns.names))
+
+
+def try_files(target: str, job: dict[str, Any], told: Mapping[Path, Stated], num_columns: int) -> None:
+    """Have a child decode Parquet files in the memory and time that their metadata account for.
+
+    target: `module:function`; it gets the job, and in it files [[path, bytes]].
+    """
+    if not told:
         return
-    told = {path: stated(path, columns) for path in paths}
     free = max(host_memory().free_bytes // 2, BATCH_BYTES)
     most = {path: min(said.decoding_bytes + BATCH_BYTES, free) for path, said in told.items()}
-    work = sum(path.stat().st_size + 8 * said.rows * len(columns.names) for path, said in told.items())
+    work = sum(path.stat().st_size + 8 * said.rows * num_columns for path, said in told.items())
     seconds = START_SECONDS + work / SLOWEST_BYTES_PER_SECOND
-    job = {
-        "files": [[str(path), extra] for path, extra in most.items()],
-        "columns": [columns.time, columns.numbers, columns.only],
-    }
+    job = {**job, "files": [[str(path), extra] for path, extra in most.items()]}
     with tempfile.TemporaryDirectory(prefix="memfit-trial-") as folder:
-        outcome = run_child("memfit.data.trial:run", job, log=Path(folder) / "log", deadline_seconds=seconds)
+        outcome = run_child(target, job, log=Path(folder) / "log", deadline_seconds=seconds)
     if outcome.status in ("oom", "timeout") or outcome.error.startswith("SIG"):
-        path = Path(outcome.phase or paths[0])
+        path = Path(outcome.phase or next(iter(told)))
         limit = f"{seconds:.0f} s" if outcome.status == "timeout" else f"{most[path] // MIB} MiB"
         raise DataError(
             f"{path}: decoding it takes more than the {limit} that its metadata account for ({outcome.message:.200}). "
@@ -56,12 +62,12 @@ def run(job: dict[str, Any], emit: Emit) -> None:
     columns = Columns(time, tuple(numbers), tuple(only) if only else None)
     for name, num_bytes in job["files"]:
         emit({"event": "phase", "phase": name})
-        _limit(num_bytes)
+        limit_memory(num_bytes)
         for _ in parsed_batches(Path(name), columns):
             pass
 
 
-def _limit(num_bytes: int) -> None:
+def limit_memory(num_bytes: int) -> None:
     """Let allocations fail that take this process more than `num_bytes` beyond what it holds now."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from memfit.evaluation.gate import judge
 from memfit.files import atomic_path, write_json
 from memfit.memory import enforcement
 from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.training.checkpoint import load_checkpoint
 from memfit.training.evaluate import evaluate_in_pieces
-from memfit.workloads.base import Arrays, Workload
+from memfit.workloads.base import Arrays, Illustrating, Workload
 from memfit.workloads.registry import load_workload
 
 SPLIT = "test"
@@ -21,8 +22,8 @@ SPLIT = "test"
 def run(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Write evaluation.json and predictions.npz into `job["run_dir"]`; return the evaluation.
 
-    job: workload, data_dir, model, loss, plan, weights (a checkpoint's folder), run_dir. Raises: DoesNotFitError or
-    ChildOutOfMemoryError where the plan's budget is too small for it.
+    job: workload, data_dir, model, loss, plan, weights (a checkpoint's folder), run_dir, gate. Raises: DoesNotFitError
+    or ChildOutOfMemoryError where the plan's budget is too small for it.
     """
     plan = Plan.from_dict(job["plan"])
     workload = load_workload(job)
@@ -46,23 +47,23 @@ def _evaluate(job: dict[str, Any], plan: Plan, workload: Workload, emit: Emit) -
         workload, model, SPLIT, batch_size=plan.eval_batch_size, layout=plan, on_shrink=on_shrink
     )
     truth = workload.truth(SPLIT, np.arange(workload.num_samples(SPLIT)))
+    baselines = workload.baselines(SPLIT)
+    facts = {"headline": "mae", **workload.describe()}
     evaluation = {
         "schema": 1,
         "split": SPLIT,
         "num_rows": workload.num_samples(SPLIT),
         "rows_sha256": _hash_rows(truth),
-        **workload.describe(),
+        **facts,
         "losses": losses,
         "metrics": workload.score(truth, predictions),
-        "baselines": _score_baselines(workload, truth),
+        "baselines": {name: workload.score(truth, found) for name, found in baselines.items()},
+        "gate": judge(job["gate"], facts["headline"], workload.score, truth, predictions, baselines),
+        "illustrations": workload.illustrate(model) if isinstance(workload, Illustrating) else {},
     }
     _write_predictions(Path(job["run_dir"]) / "predictions.npz", truth, predictions)
     write_json(Path(job["run_dir"]) / "evaluation.json", evaluation)
     return evaluation
-
-
-def _score_baselines(workload: Workload, truth: Arrays) -> dict[str, dict[str, float | None]]:
-    return {name: workload.score(truth, predictions) for name, predictions in workload.baselines(SPLIT).items()}
 
 
 def _hash_rows(truth: Arrays) -> str:

@@ -10,6 +10,7 @@ from memfit.export.signature import Signature
 from memfit.memory import budget, enforcement
 from memfit.memory.plan import Plan
 from memfit.process import Emit
+from memfit.starting_point import WEIGHTS
 from memfit.training.checkpoint import load_checkpoint
 from memfit.workloads.base import Workload
 from memfit.workloads.registry import load_workload
@@ -44,6 +45,7 @@ def _export(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforce
     model = workload.variants()[plan.variant or next(iter(workload.variants()))]()
     model.load_state_dict(load_checkpoint(Path(job["weights"])).weights)
     spec = workload.export(job["samples"])
+    weights = {WEIGHTS: Path(job["weights"]) / "model.safetensors"} if job["with_weights"] else {}
     return export_bundle(
         Path(job["export_dir"]),
         workload.inference_module(model.eval()),
@@ -51,7 +53,8 @@ def _export(job: dict[str, Any], plan: Plan, workload: Workload, phases: enforce
         outputs=[Signature(**entry) for entry in spec.outputs],
         sample_inputs=spec.sample_inputs,
         card={**job["card"], **spec.card},
-        support_files=spec.support_files,
+        support_files=spec.support_files | weights,
+        requirements=spec.requirements,
         opset=job["opset"],
         tolerances=_tolerances(job),
         on_progress=phases,

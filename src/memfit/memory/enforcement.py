@@ -110,9 +110,13 @@ def within_budget(budget_bytes: int, device: str, phases: Phases, cure: str) -> 
 
 
 def _shortage(error: BaseException | None) -> BaseException | None:
-    """Find what says that memory ran out: an exception, or what it was raised from; onnxruntime has own words."""
+    """Find what says that memory ran out: an exception, or what it was raised from; onnxruntime has own words.
+
+    onnxscript, while it is imported, reads its own source, and takes a file that cannot be read for none.
+    """
+    words = ("bad_alloc", "Failed to allocate memory", "does not work on dynamically compiled function")
     while error is not None and not isinstance(error, DoesNotFitError):  # that has said all there is to say
-        if is_out_of_memory(error) or any(words in str(error) for words in ("bad_alloc", "Failed to allocate memory")):
+        if is_out_of_memory(error) or any(said in str(error) for said in words):
             return error
         error = error.__cause__
     return None

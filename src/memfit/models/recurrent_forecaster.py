@@ -1,24 +1,22 @@
 """Recurrent nets that forecast several rows: a direct head, or a decoder with attention.
 
-Cells: Elman, 1990; LSTM (Hochreiter and Schmidhuber, 1997); GRU (Cho et al., 2014). Decoder: Sutskever et al., 2014.
-Attention: additive (Bahdanau et al., 2015), multiplicative (Luong et al., 2015, "general"). Teacher forcing that falls
-while training: scheduled sampling (Bengio et al., 2015), linear.
+Cells: Elman, 1990; LSTM (Hochreiter and Schmidhuber, 1997); GRU (Cho et al., 2014). Teacher forcing that falls while
+training: scheduled sampling (Bengio et al., 2015), linear.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memfit.models.beam_search import States
+from memfit.models.forecast_decoder import Decoded, Decoder
 from memfit.models.forecaster_settings import ForecasterSettings
 from memfit.models.normalization import Normalization
 
 _LAYERS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-_CELLS: dict[str, type[nn.RNNCellBase]] = {"rnn": nn.RNNCell, "lstm": nn.LSTMCell, "gru": nn.GRUCell}
 _GATES = {"RNN_TANH": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 """Which of torch's gates stands where in ONNX: GRU r z n -> z r h, LSTM i f c o -> i o f c."""
-States = tuple[Tensor, ...]
 
 
 class RecurrentLayer(nn.Module):
@@ -95,105 +93,14 @@ def _as_onnx(layer: nn.RNNBase, x: Tensor) -> tuple[Tensor, States]:
     return out.permute(2, 0, 1, 3).flatten(2), tuple(states)
 
 
-class Attention(nn.Module):
-    """Weigh the encoder's steps for one query; the encoder's part is projected once for all queries."""
-
-    def __init__(self, kind: str, hidden: int, width: int) -> None:
-        super().__init__()
-        self.keys = nn.Linear(width, hidden, bias=False)
-        self.query = nn.Linear(hidden, hidden) if kind == "bahdanau" else None
-        self.energy = nn.Linear(hidden, 1, bias=False) if kind == "bahdanau" else None
-
-    def forward(self, query: Tensor, keys: Tensor, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Map query [n, hidden], keys [n, T, hidden], encoded [n, T, width] to context [n, width], weights [n, T]."""
-        if self.query is not None and self.energy is not None:
-            scores = self.energy(torch.tanh(self.query(query).unsqueeze(1) + keys)).squeeze(-1)
-        else:
-            scores = torch.matmul(keys, query.unsqueeze(-1)).squeeze(-1)
-        weights = scores.float().softmax(dim=-1)
-        return torch.matmul(weights.to(encoded.dtype).unsqueeze(1), encoded).squeeze(1), weights
-
-
-class Decoder(nn.Module):
-    """One step after the other: as many cells as the encoder has layers, each begun by a layer's last states.
-
-    Additive attention is asked by the top state before a step and feeds it; multiplicative attention is asked by the
-    state after it and feeds the output, as in the papers.
-    """
-
-    def __init__(self, width: int, settings: ForecasterSettings) -> None:
-        super().__init__()
-        hidden, kind = settings.hidden, settings.attention
-        self.kind, self.horizon = kind, settings.horizon
-        build, layers = _CELLS[settings.cell], settings.num_layers
-        first = 1 + (width if kind == "bahdanau" else 0)
-        self.cells = nn.ModuleList([build(hidden if layer else first, hidden) for layer in range(layers)])  # type: ignore[call-arg]
-        count = 2 if settings.cell == "lstm" else 1
-        self.bridges = nn.ModuleList(
-            nn.ModuleList(nn.Linear(width, hidden) for _ in range(count)) for _ in range(layers)
-        )
-        self.attention = None if kind == "none" else Attention(kind, hidden, width)
-        self.merge = nn.Linear(width + hidden, hidden) if kind == "luong" else None
-        self.dropout = nn.Dropout(settings.dropout)
-        self.out = nn.Linear(hidden, 1)
-
-    def forward(
-        self, encoded: Tensor, states: Sequence[States], start: Tensor, truth: Tensor | None, forced: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decode greedily, or with the true value before a step where `forced`.
-
-        encoded [n, T, width], states per layer [n, width], start [n]: the value before the first step. truth and
-        forced (bool): [n, horizon]. Returns values [n, horizon] and weights [n, horizon, T], None without attention.
-        """
-        hidden = self._begin(states)
-        keys = None if self.attention is None else self.attention.keys(encoded)
-        values: list[Tensor] = []
-        weights: list[Tensor] = []
-        before = start
-        for step in range(self.horizon):
-            value, hidden, weight = self._step(before, hidden, keys, encoded)
-            values.append(value)
-            weights += [] if weight is None else [weight]
-            before = value
-            if truth is not None and forced is not None and step + 1 < self.horizon:
-                before = torch.where(forced[:, step + 1], truth[:, step], value)
-        return torch.stack(values, 1), torch.stack(weights, 1) if weights else None
-
-    def _begin(self, states: Sequence[States]) -> list[States]:
-        """Map the encoder's last states to the cells' first ones."""
-        found: list[States] = []
-        for bridges, own in zip(self.bridges, states, strict=True):
-            assert isinstance(bridges, nn.ModuleList)
-            found.append(tuple(torch.tanh(bridge(state)) for bridge, state in zip(bridges, own, strict=True)))
-        return found
-
-    def _step(
-        self, before: Tensor, hidden: list[States], keys: Tensor | None, encoded: Tensor
-    ) -> tuple[Tensor, list[States], Tensor | None]:
-        x, weight = before.unsqueeze(-1), None
-        if self.attention is not None and self.kind == "bahdanau":
-            assert keys is not None
-            context, weight = self.attention(hidden[-1][0], keys, encoded)
-            x = torch.cat([x.to(context.dtype), context], -1)
-        after: list[States] = []
-        for layer, (cell, states) in enumerate(zip(self.cells, hidden, strict=True)):
-            found = cell(x, states if len(states) == 2 else states[0])
-            after.append(found if isinstance(found, tuple) else (found,))
-            x = self.dropout(after[-1][0]) if layer + 1 < len(hidden) else after[-1][0]
-        if self.attention is not None and self.merge is not None:
-            assert keys is not None
-            context, weight = self.attention(x, keys, encoded)
-            x = torch.tanh(self.merge(torch.cat([context, x.to(context.dtype)], -1)))
-        return self.out(self.dropout(x)).squeeze(-1).float(), after, weight
-
-
 class RecurrentForecaster(nn.Module):
     """Encode a history and forecast the rows after it; normalizes inside, by buffers fitted on train rows."""
 
     samples_trained: Tensor
     """Samples that went through the net in training, int64: what teacher forcing falls with."""
 
-    def __init__(self, settings: ForecasterSettings, normalization: Normalization) -> None:
+    def __init__(self, settings: ForecasterSettings, normalization: Normalization, change_std: float = 1.0) -> None:
+        """Build the net; change_std, for bins: of changes from the last known value to those to predict, normalized."""
         super().__init__()
         self.settings, self.normalization = settings, normalization
         width = settings.hidden * (2 if settings.bidirectional else 1)
@@ -201,19 +108,19 @@ class RecurrentForecaster(nn.Module):
         self.layers = nn.ModuleList(
             RecurrentLayer(width if layer else channels, settings) for layer in range(settings.num_layers)
         )
-        self.head = nn.Linear(width, settings.horizon) if settings.head == "direct" else Decoder(width, settings)
-        if settings.head == "seq2seq":
+        direct = settings.head == "direct"
+        self.head = nn.Linear(width, settings.horizon) if direct else Decoder(width, settings, change_std)
+        if not direct:
             self.register_buffer("samples_trained", torch.zeros((), dtype=torch.int64))
 
-    def forward(
-        self, history: Tensor, target: Tensor | None = None, draws: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, history: Tensor, target: Tensor | None = None, draws: Tensor | None = None) -> Decoded:
         """Map a history [n, T, channels] in the user's units, of any length T, to normalized values [n, horizon].
 
-        The second output is the attention's alignment [n, horizon, T], each row of sum 1, or None. In training, a
-        decoder is given target [n, horizon] in the user's units and draws [n, horizon], uniform in [0, 1): a step
-        whose draw lies below the share of forcing sees the true value before it. The share is that of the sample's
-        own place in the order of training, so that it does not depend on how a batch is cut.
+        With them come the attention's alignment [n, horizon, T], each row of sum 1, or None; and, where outputs are
+        bins and target [n, horizon], in the user's units, is given, its cross-entropy [n, horizon]. In training, a
+        decoder is also given draws [n, horizon], uniform in [0, 1): a step whose draw lies below the share of forcing
+        sees the true value before it. The share is that of the sample's own place in the order of training, so that
+        it does not depend on how a batch is cut.
         """
         normalized = self.normalization.values(history[:, :, 0])
         x = torch.cat([normalized.unsqueeze(-1), self.normalization.features(history[:, :, 1:])], dim=-1)
@@ -222,15 +129,15 @@ class RecurrentForecaster(nn.Module):
             encoded, last = layer(encoded)
             states.append(last)
         newest = normalized[:, -1]
-        base = newest if self.settings.predict_change else torch.zeros_like(newest)
+        base = (newest if self.settings.predict_change else torch.zeros_like(newest)).unsqueeze(-1)
         if isinstance(self.head, nn.Linear):
-            return self.head(states[-1][0]).float() + base.unsqueeze(-1), None
-        truth = forced = None
-        if self.training and target is not None and draws is not None:
-            truth = self.normalization.values(target) - base.unsqueeze(-1)
+            return Decoded(self.head(states[-1][0]).float() + base, None, None)
+        truth = None if target is None else self.normalization.values(target) - base
+        forced = None
+        if self.training and truth is not None and draws is not None:
             forced = draws < self._forcing(len(draws)).unsqueeze(-1)
-        value, alignment = self.head(encoded, states, newest - base, truth, forced)
-        return value + base.unsqueeze(-1), alignment
+        found: Decoded = self.head(encoded, states, newest - base.squeeze(-1), truth, forced)
+        return found._replace(value=found.value + base)
 
     def _forcing(self, samples: int) -> Tensor:
         """Return the share of forcing for each of the next samples, [n], and count them."""

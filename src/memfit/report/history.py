@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,10 @@ class StageHistory:
     resumes: list[dict[str, Any]] = field(default_factory=list)
     spikes: list[dict[str, Any]] = field(default_factory=list)
     """Updates that were skipped."""
+    health: list[dict[str, Any]] = field(default_factory=list)
+    """Of each epoch, its layers' gradient norms alone in place of its layers."""
+    newest_health: dict[str, Any] = field(default_factory=dict)
+    """The last of those, whole."""
     steps: dict[str, ThinnedSeries] = field(default_factory=lambda: {name: ThinnedSeries() for name in STEP_SERIES})
     """`loss`, `gradient_norm`, `lr` and `seconds`."""
     num_steps: int = 0
@@ -138,6 +143,8 @@ class StageHistory:
                 self._take_step(event)
             case "epoch":
                 self.epochs.append(event)
+            case "health":
+                self._take_health(event)
             case "spike":
                 self.spikes.append(event)
             case "resume":
@@ -154,6 +161,13 @@ class StageHistory:
         for name in STEP_SERIES[1:]:
             self.steps[name].add(step, event.get(name))
 
+    def _take_health(self, event: dict[str, Any]) -> None:
+        layers = event.get("layers")
+        layers = layers if isinstance(layers, dict) else {}
+        norms = {sys.intern(name): of.get("gradient_norm") for name, of in layers.items() if isinstance(of, dict)}
+        self.health.append({**event, "layers": norms})
+        self.newest_health = event
+
     def _rewind(self, event: dict[str, Any]) -> None:
         """Drop what a resumed run did again, so that no step is drawn twice."""
         self.resumes.append(event)
@@ -166,6 +180,10 @@ class StageHistory:
         self.spikes = [spike for spike in self.spikes if (finite(spike.get("step")) or -math.inf) <= step]
         for series in self.steps.values():
             series.rewind(step)
+        epoch = finite(event.get("epoch")) or 0
+        self.health = [health for health in self.health if (finite(health.get("epoch")) or 0) <= epoch]
+        if (finite(self.newest_health.get("epoch")) or 0) > epoch:
+            self.newest_health = {}
 
 
 def read_history(path: Path, name: str) -> StageHistory:

@@ -46,7 +46,12 @@ MEASURES = {
     "top5_accuracy": Measure(
         "Top-5 accuracy", "higher", "share", "Samples whose true class is among the five likeliest."
     ),
-    "nll": Measure("Log loss", "lower", "number", "Mean negative log-likelihood of the true class, in nats."),
+    "nll": Measure("Log loss", "lower", "number", "Mean negative log-likelihood of what is true, in nats."),
+    "perplexity": Measure("Perplexity", "lower", "number", "Among how many equally likely tokens it is undecided."),
+    "bits_per_byte": Measure(
+        "Bits per byte", "lower", "number", "What a byte of text would take, compressed; whatever the tokenizer."
+    ),
+    "token_accuracy": Measure("Token accuracy", "higher", "share", "Tokens that were the likeliest."),
     "calibration_error": Measure(
         "Calibration error", "lower", "share", "How far stated probabilities are from the share that comes true."
     ),

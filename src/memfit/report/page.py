@@ -14,6 +14,8 @@ from memfit.report.run_files import Run, read_run
 from memfit.report.sections.data import data
 from memfit.report.sections.export import export
 from memfit.report.sections.headline import headline
+from memfit.report.sections.health import health
+from memfit.report.sections.illustrations import illustrations
 from memfit.report.sections.plan import plan
 from memfit.report.sections.predictions import predictions
 from memfit.report.sections.provenance import config, environment, steps
@@ -26,8 +28,10 @@ SectionMaker = Callable[[Run], Section | None]
 SECTIONS: tuple[SectionMaker, ...] = (
     scores,
     predictions,
+    illustrations,
     plan,
     training,
+    health,
     memory,
     data,
     export,

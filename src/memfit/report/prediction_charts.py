@@ -1,6 +1,7 @@
 """Charts of predictions against truth on the test rows."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.dates as mdates
@@ -9,12 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from memfit.report.alignments import Alignment
 from memfit.report.blocks import Figure, Key
 from memfit.report.plots import COLOURS, HEIGHT, NARROW, WIDE, Plot, css_colour, new_plot
 from memfit.report.units import number_text, setting_text
 
 MAX_ROWS = 300
 MAX_DOTS = 1000
+SHADE = (57, 135, 230)
+"""Of pixels, in which no CSS variable can stand: between the page's blue on light and on dark ground."""
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -121,6 +125,44 @@ def probabilities(arrays: Arrays, threshold: float, unit: str) -> Figure | None:
     legend = tuple(Key(label, css_colour(colour), "area") for _, label, colour in parts)
     caption = f"{int(above.sum()):,} of {len(truth):,} rows are above {setting_text(threshold)} {unit}".rstrip()
     return Figure("Probability of exceeding", svg, f"{caption}. The further apart, the better.", legend)
+
+
+def mean_alignment(alignment: Alignment) -> Figure:
+    """Draw where attention looks on average: the step that is predicted over the row of the history."""
+    title = f"Mean of {alignment.count:,} test samples"
+    wide = _alignment_map("alignment", title, alignment.mean, alignment, WIDE)
+    narrow = _alignment_map("alignment", title, alignment.mean, alignment, NARROW)
+    return replace(wide, narrow=narrow.svg)
+
+
+def sample_alignments(alignment: Alignment, times: NDArray[Any]) -> tuple[Figure, ...]:
+    """Draw the same of single samples, named by the time of their first step; times: int64 [n], ns."""
+    stamps = np.datetime_as_string(times.astype(np.int64).astype("datetime64[ns]"), unit="m")
+    return tuple(
+        _alignment_map(f"alignment-{number}", str(stamps[number]).replace("T", " "), weights, alignment, NARROW)
+        for number, weights in alignment.samples.items()
+        if number < len(stamps)
+    )
+
+
+def _alignment_map(name: str, title: str, weights: NDArray[Any], alignment: Alignment, width: float) -> Figure:
+    most = float(weights.max())
+    pixels = np.empty((*weights.shape, 4), np.uint8)
+    pixels[..., :3] = SHADE
+    pixels[..., 3] = np.round(255 * weights / (most or 1))
+    window, horizon = alignment.window, alignment.horizon
+    with new_plot(width, HEIGHT + 20) as plot:
+        extent = (-window - 0.5, -0.5, horizon + 0.5, 0.5)
+        plot.axes.imshow(pixels, aspect="auto", interpolation="none", extent=extent)
+        plot.axes.grid(visible=False)
+        plot.axes.set_xlabel("row of the history; −1: the newest")
+        plot.axes.set_ylabel("step ahead")
+        plot.axes.xaxis.set_major_locator(MaxNLocator(12 if width == WIDE else 6, integer=True))
+        plot.axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        svg = plot.svg(f"{name}-{width:.0f}", f"Attention of each of {horizon} steps over {window} rows: {title}.")
+    even = number_text(1 / window)
+    caption = f"Full colour: a weight of {number_text(most)}; evenly spread weights would be {even} each."
+    return Figure(title, svg, caption)
 
 
 def _stairs(

@@ -2,6 +2,7 @@
 
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memfit.files import read_json
+from memfit.report.alignments import Alignment, read_alignment, read_header
 from memfit.report.history import StageHistory, read_history
 
 T = TypeVar("T")
@@ -29,6 +31,9 @@ class Run:
     stages: list[StageHistory] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Arrays of one number per test row."""
+    alignment: Alignment | None = None
+    """Where a forecast's attention looks."""
     card: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -67,7 +72,8 @@ def read_run(run_dir: Path) -> Run:
     run.plans = objects(_json_object(run, run.path / "plan.json").get("stages"))
     run.stages = _stages(run)
     run.evaluation = _json_object(run, run.path / "evaluation.json")
-    run.predictions = _read(run, run.path / "predictions.npz", _arrays) or {}
+    run.predictions = _read(run, run.path / "predictions.npz", _columns) or {}
+    run.alignment = _read(run, run.path / "predictions.npz", read_alignment) if run.predictions else None
     run.card = _json_object(run, run.export_dir / "model_card.json")
     run.manifest = _manifest(run)
     return run
@@ -90,7 +96,7 @@ def _read(run: Run, path: Path, parse: Callable[[Path], T]) -> T | None:
         return None
     try:
         return parse(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         run.problems.append(f"{path.name} could not be read: {error}")
         return None
 
@@ -110,9 +116,17 @@ def _toml(path: Path) -> dict[str, Any]:
     return tomllib.loads(_text(path))
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files if archive[name].ndim == 1}
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of one dimension; larger ones are not even unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.namelist() if _num_dimensions(archive, member) == 1]
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+        return {member.removesuffix(".npy"): arrays[member] for member in members}
+
+
+def _num_dimensions(archive: zipfile.ZipFile, member: str) -> int:
+    with archive.open(member) as opened:
+        return len(read_header(opened)[0])
 
 
 def _stages(run: Run) -> list[StageHistory]:

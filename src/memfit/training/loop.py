@@ -17,6 +17,7 @@ from memfit.recovery import Change, RecoveringStep
 from memfit.step import StepStats
 from memfit.training.evaluate import evaluate_in_pieces
 from memfit.training.events import EventLog
+from memfit.training.health import HealthWatch
 from memfit.training.memory_watch import MemoryWatch
 from memfit.training.numbers import first_bad
 from memfit.training.optimizers import Schedule
@@ -54,6 +55,7 @@ class StageLoop:
         factor, progress = self.stage["skip_spikes"], self.progress
         self._spikes = SpikeGuard(factor, progress.norms, progress.spikes_in_a_row) if factor else None
         self.step.accepts = self._spikes.accepts if self._spikes else None
+        self._health = HealthWatch(self.step, progress)
 
     def run(self) -> str:
         """Train to the end; return why it ended: epochs, early_stopping or max_steps.
@@ -90,6 +92,8 @@ class StageLoop:
         order = sample_order(
             self.workload.num_samples("train"), seed=self.seed, stage=self.stage_index, epoch=self.progress.epoch
         )
+        order = order[: (self.stage["epoch_steps"] or len(order)) * size]
+        self._health.begin_epoch(num_steps=-(-len(order) // size))
         self.phases("train")
         while self.progress.batch * size < len(order) and not self._at_max_steps():
             chosen = order[self.progress.batch * size : (self.progress.batch + 1) * size]
@@ -184,6 +188,7 @@ class StageLoop:
         if monitored is not None:
             self.schedule.after_epoch(monitored)
         device = self.plan.device
+        self.events.write("health", epoch=progress.epoch, **self._health.close_epoch())
         self.events.write(
             "epoch",
             epoch=progress.epoch,

@@ -33,6 +33,12 @@ def build_optimizer(model: nn.Module, settings: Mapping[str, Any]) -> Optimizer:
     return OPTIMIZERS[settings["name"]]([group for group in groups if group["params"]], **extra)
 
 
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Name the optimizer's parameters in the order in which its state counts them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def freeze_all_but(model: nn.Module, patterns: list[str]) -> nn.Module:
     """Leave trainable only the parameters whose name matches one of the shell-style patterns.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from memfit.random_state import from_plain, random_states, set_random_states, to_plain
 from memfit.recovery import RecoveringStep
-from memfit.training.optimizers import Schedule
+from memfit.training.optimizers import Schedule, parameter_names
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Progress:
     spikes_in_a_row: int = 0
     skipped: int = 0
     """Updates that were skipped as spikes."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What `HealthWatch` has seen of the epoch under way: plain values and a tensor of flags."""
 
     def improves(self, value: float | None, mode: str) -> bool:
         """Tell whether a monitored value is the best so far; one that is undefined or not a number never is."""
@@ -62,6 +64,8 @@ def capture(step: RecoveringStep, schedule: Schedule, progress: Progress) -> dic
     """Collect the state of optimizer, scaler, schedule, random generators, layout and progress."""
     return {
         "optimizer": step.optimizer.state_dict(),
+        "optimizer_kind": type(step.optimizer).__name__,
+        "parameters": parameter_names(step.model, step.optimizer),
         "scaler": step.scaler.state_dict(),
         "schedule": schedule.state_dict(),
         "progress": asdict(progress),

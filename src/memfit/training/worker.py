@@ -18,8 +18,9 @@ from memfit.memory.plan import Plan
 from memfit.process import Emit
 from memfit.random_state import seed_everything
 from memfit.recovery import RecoveringStep, UpdateInterruptedError, release_memory
-from memfit.training.checkpoint import load_checkpoint, newest
+from memfit.training.checkpoint import newest
 from memfit.training.events import EventLog
+from memfit.training.inheritance import Inheritance
 from memfit.training.loop import StageLoop
 from memfit.training.optimizers import Schedule
 from memfit.training.program import stage_program
@@ -87,11 +88,18 @@ def _train(
     seed_everything(int(np.random.default_rng([job["seed"], job["stage_index"]]).integers(2**31)))
     program = stage_program(workload, stage, job.get("min_micro_batch_size", 1))
     model = program.build(plan.variant)
-    if job["initial_weights"] is not None:
-        model.load_state_dict(load_checkpoint(Path(job["initial_weights"])).weights)
+    settings = job["model"]["variants"][plan.variant or job["model"]["variant"]]
+    inheritance = Inheritance(job["initial_weights"], workload, model, settings) if job["initial_weights"] else None
+    if inheritance is not None:
+        inheritance.weights()
     model = model.to(plan.device).train()
     step = RecoveringStep(plan, program, model, program.optimizer(model), clip=stage["clip"])
+    if inheritance is not None and (
+        inheritance.changed if stage["keep_optimizer"] is None else stage["keep_optimizer"]
+    ):
+        inheritance.moments(step.optimizer)
     steps_per_epoch = -(-workload.num_samples("train") // plan.global_batch_size)
+    steps_per_epoch = min(steps_per_epoch, stage["epoch_steps"] or steps_per_epoch)
     schedule = Schedule(step.optimizer, stage["schedule"], steps_per_epoch * stage["epochs"], stage["monitor_mode"])
     checkpoints = Path(job["stage_dir"]) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -121,7 +129,7 @@ def _train(
             job["stage_index"],
             job["seed"],
             writer,
-            {"stage": stage["name"], "fingerprint": job["fingerprint"]},
+            {"stage": stage["name"], "fingerprint": job["fingerprint"], "model": settings},
             phases,
         )
         for shortage in shortages:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from memfit.step import Batch
 
 Arrays = dict[str, np.ndarray]
+Role = Literal["weight", "moment", "square"]
+"""What a tensor of a parameter's shape is: its values, or an optimizer's mean of its gradients or of their squares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class ExportSpec:
     """Further sections of the model card."""
     support_files: dict[str, Path]
     """Name in the bundle -> file to copy."""
+    requirements: tuple[str, ...] = ()
+    """Libraries that the support files need."""
 
 
 def variant_builders(
@@ -78,3 +82,25 @@ class Workload(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return the facts for reports: unit, threshold, what the metrics mean."""
+
+
+@runtime_checkable
+class Illustrating(Protocol):
+    """A workload that has more to show of a finished model than scores."""
+
+    def illustrate(self, model: nn.Module) -> dict[str, Any]:
+        """Return what people look at beside the scores, such as generated texts, JSON-able."""
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A workload whose model may change between stages."""
+
+    def carry(
+        self, tensors: Mapping[str, Tensor], before: Mapping[str, Any], model: nn.Module, role: Role
+    ) -> dict[str, Tensor]:
+        """Carry tensors of a model's parameters, by name, over to those of another one.
+
+        before: the settings of the model that they are of. Of `weight` there is one for each entry of the new model's
+        state; of the others those that there is something to carry over for. Raises: ConfigError.
+        """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from memfit.workloads.base import Arrays, ExportSpec, variant_builders
 TASK = ("window", "horizon", "season")
 MAX_KEPT_WEIGHTS = 1 << 24
 """Alignments are among the predictions where those of a split have at most so many weights: 64 MiB of the budget."""
+MAX_CHANGES = 1 << 20
+"""The deviation of changes is taken over at most about so many of them, 4 MiB, evenly spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,18 @@ class ForecastWorkload:
             feature_mean=features["mean"],
             feature_std=features["std"],
         )
-        return RecurrentForecaster(ForecasterSettings(**own), normalization)
+        settings = ForecasterSettings(**own)
+        change_std = self._change_std if settings.output == "bins" else 1.0
+        return RecurrentForecaster(settings, normalization, change_std)
+
+    @cached_property
+    def _change_std(self) -> float:
+        """Deviation, normalized, of the change from the last known value to those to predict; 1 where it is 0."""
+        size = self.num_samples("train")
+        spread = np.linspace(0, size - 1, min(size, max(1, MAX_CHANGES // self.data.horizon))).astype(np.int64)
+        rows = self.data.first_rows("train", spread)
+        changes = self.data.horizons(rows) - self.data.values[rows - 1][:, None]
+        return float(changes.std(dtype=np.float64) / (self.scale["std"] or 1.0)) or 1.0
 
     def num_samples(self, split: str) -> int:
         """Count the samples of a split: those whose whole horizon lies in it."""
@@ -97,10 +111,12 @@ class ForecastWorkload:
         return batch | ({"draws": torch.rand(batch["target"].shape)} if self._forces and split == "train" else {})
 
     def loss(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Return the sum over samples of the mean loss over the horizon, in normalized units."""
-        value, _ = model(batch["history"], batch["target"], batch.get("draws"))
-        target = (batch["target"] - self.scale["mean"]) / self.scale["std"]
-        return {"value": self.settings.of(value, target).mean(dim=1).sum()}
+        """Return the sum over samples of the mean loss over the horizon: in normalized units, or in nats of bins."""
+        found = model(batch["history"], batch["target"], batch.get("draws"))
+        loss = found.cross_entropy
+        if loss is None:
+            loss = self.settings.of(found.value, (batch["target"] - self.scale["mean"]) / self.scale["std"])
+        return {"value": loss.mean(dim=1).sum()}
 
     def count(self, batch: Batch) -> Mapping[str, float]:
         """Count samples."""
@@ -112,7 +128,7 @@ class ForecastWorkload:
         alignment: [n, horizon, window], of nets with attention, where all of a split's take little enough memory.
         """
         assert isinstance(model, RecurrentForecaster)
-        value, alignment = model(batch["history"])
+        value, alignment, _ = model(batch["history"])
         found = model.normalization.denormalize(value)
         kept = {"value": found[:, 0], "value_horizon": found}
         if alignment is not None and self._keeps_alignment:
@@ -211,7 +227,7 @@ class ForecastInference(nn.Module):
 
     def forward(self, history: Tensor) -> tuple[Tensor, ...]:
         """Map history [n, T, channels] to values [n, horizon] and, with attention, the alignment [n, horizon, T]."""
-        value, alignment = self.model(history)
+        value, alignment, _ = self.model(history)
         found = self.model.normalization.denormalize(value)
         return (found,) if alignment is None else (found, alignment)
 

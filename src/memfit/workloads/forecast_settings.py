@@ -83,11 +83,19 @@ class ModelSettings(Part):
     dropout: Probability = 0.0
     """Dropout of each layer's outputs."""
     head: Literal["direct", "seq2seq"] = "direct"
-    """`direct`: all steps at once. `seq2seq`: one after the other, from a decoder; decoding is greedy."""
+    """`direct`: all steps at once. `seq2seq`: one after the other, from a decoder."""
     attention: Literal["none", "luong", "bahdanau"] = "none"
     """For seq2seq: multiplicative or additive attention over the history."""
     predict_change: bool = True
     """Predict the change from the last known value, so that an output of 0 is persistence."""
+    output: Literal["value", "bins"] = "value"
+    """For seq2seq: one number per step, or a distribution over bins; its loss is the cross-entropy."""
+    num_bins: Annotated[int, Field(ge=2, le=4096, strict=True)] = 65
+    """Bins per step; an odd number has one of no change."""
+    bin_range: Annotated[float, Field(gt=0)] = 4.0
+    """Where the outermost bins lie, in standard deviations of what is predicted on train rows: of changes or values."""
+    beam_width: Annotated[int, Field(ge=1, le=256, strict=True)] = 1
+    """For bins: sequences that decoding keeps, so many times as much memory; 1 is greedy."""
     forcing_start: Annotated[float, Field(ge=0, le=1)] = 1.0
     """For seq2seq: share of steps that see the true value before them when training begins."""
     forcing_end: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -102,7 +110,7 @@ class ModelSettings(Part):
 
     def net(self) -> ForecasterSettings:
         """Return the net's own settings. Raises: ConfigError for what contradicts each other."""
-        return ForecasterSettings(**self.model_dump(exclude={"variants", "window", "season", "inputs"}))
+        return ForecasterSettings(**self.model_dump(exclude={"variants", "start", "window", "season", "inputs"}))
 
 
 class Model(ModelSettings, ModelPart):
@@ -110,7 +118,7 @@ class Model(ModelSettings, ModelPart):
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, by its cell."""
-        own = self.model_dump(exclude={"variants"}, exclude_none=True)
+        own = self.own
         found = merge_variants(self.cell, own, self.variants, ModelSettings)
         for name, settings in found.items():
             if differing := [key for key in TASK if settings[key] != own[key]]:
@@ -122,7 +130,7 @@ class Loss(Part):
     """The loss over all steps of the horizon; a stage may change it."""
 
     loss: Literal["huber", "mse", "mae"] = "huber"
-    """Loss of a step's value, in standard deviations of the series."""
+    """Loss of a step's value, in standard deviations of the series; bins take their cross-entropy instead."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """Where the Huber loss, and the score of that name, turn linear, in standard deviations of the series."""
 

@@ -1,7 +1,7 @@
 """What the pipeline's own process knows of a kind of problem, without torch: children compute, the parent decides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -45,6 +45,17 @@ class Kind(ABC):
 
         Returns whether it could.
         """
+
+    def follow(self, before: Any, changes: Mapping[str, Any]) -> ModelPart:  # noqa: ARG002  (other kinds look at it)
+        """Return the model of a stage that changes some settings of the one before, whose weights it takes over.
+
+        Raises: ValueError where the weights cannot be carried over.
+        """
+        raise ValueError("expected none; this workload's model cannot change between stages")
+
+    def sources_fingerprint(self, model: Any) -> str:  # noqa: ARG002
+        """Name what a model is built from besides its settings, such as files of weights; empty for nothing."""
+        return ""
 
     def min_micro_batch_size(self, model: Any) -> int:  # noqa: ARG002  (other kinds look at it)
         """Return the fewest samples that the loss or the batch statistics make sense of."""

@@ -23,6 +23,7 @@ class Known(NamedTuple):
 WORKLOADS = {
     "series": Known("memfit.workloads.series_settings:SeriesKind", "memfit.workloads.series:SeriesWorkload"),
     "forecast": Known("memfit.workloads.forecast_settings:ForecastKind", "memfit.workloads.forecast:ForecastWorkload"),
+    "language": Known("memfit.workloads.language_settings:LanguageKind", "memfit.workloads.language:LanguageWorkload"),
     "vision": Known("memfit.workloads.vision_settings:VisionKind", "memfit.workloads.vision:VisionWorkload"),
 }
 

@@ -168,7 +168,7 @@ class Model(ModelSettings, ModelPart):
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, as `full` or `light`."""
-        own = self.model_dump(exclude={"variants"}, exclude_none=True)
+        own = self.own
         light = {"light": {"size": "light"}} if self.size == "full" else {}
         return merge_variants(self.size, own, {**light, **self.variants}, ModelSettings)
 

@@ -77,7 +77,7 @@ class ModelSettings(Part):
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Self:
-        ResNetSettings.from_dict(self.model_dump(exclude={"variants"}, exclude_none=True))
+        ResNetSettings.from_dict(self.model_dump(exclude={"variants", "start"}, exclude_none=True))
         return self
 
 
@@ -86,7 +86,7 @@ class Model(ModelSettings, ModelPart):
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Return every variant's resolved settings, the model's own first, by the net's name."""
-        own = self.model_dump(exclude={"variants"}, exclude_none=True)
+        own = self.own
         return merge_variants(self.name, own, self.variants, ModelSettings)
 
 

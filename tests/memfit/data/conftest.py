@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from memfit.data.spec import SeriesSpec
+from tests.memfit.data.image_sets import drawn
 
 SMALL_FEATURES = {
     "lags": [1, 2, 4],
@@ -55,5 +57,36 @@ def write_csv(tmp_path: Path) -> Callable[..., Path]:
     def write(frame: pd.DataFrame, name: str = "series.csv") -> Path:
         frame.to_csv(tmp_path / name, index=False)
         return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Callable[..., Path]:
+    """Write arrays by name; x and y of 60 images of 3 classes where none are given."""
+
+    def write(name: str = "data.npz", **arrays: Any) -> Path:
+        images, labels = drawn(60)
+        np.savez(tmp_path / name, **(arrays or {"x": images, "y": labels}))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write images of two classes, 20 each: `folder(splits)`; red ones are cats."""
+
+    def write(*splits: str, size: tuple[int, int] = (12, 10), suffix: str = ".png") -> Path:
+        random = np.random.default_rng(1)
+        for split in splits or ("",):
+            for label, channel in (("cat", 0), ("dog", 2)):
+                where = tmp_path / "images" / split / label
+                where.mkdir(parents=True)
+                for index in range(20):
+                    pixels = random.integers(0, 60, (size[1], size[0], 3), np.uint8)
+                    pixels[..., channel] += 150
+                    Image.fromarray(pixels).save(where / f"{index:02}{suffix}")
+        return tmp_path / "images"
 
     return write

@@ -34,3 +34,13 @@ def test_a_constant_column_has_a_std_of_one():
         moments.add(np.stack([np.full(size, 0.1), np.arange(size)], axis=1))
     assert moments.std[0] == 1
     assert moments.constant.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [3, 0, 4], [100_000, 23_456]])
+def test_a_file_may_have_as_many_rows_as_are_written(tmp_path, sizes):
+    pieces = [np.random.default_rng(size).integers(0, 9, (size, 2), np.uint16) for size in sizes]
+    with ArrayWriter(tmp_path / "a.npy", np.uint16, (None, 2)) as writer:
+        for piece in pieces:
+            writer.write(piece)
+    found = np.load(tmp_path / "a.npy")
+    np.testing.assert_array_equal(found, np.concatenate([np.empty((0, 2), np.uint16), *pieces]))

@@ -57,6 +57,7 @@ def job(tmp_path, prepared, tiny_model, monkeypatch):
         "model": tiny_model,
         "loss": {},
         "plan": asdict(plan()),
+        "gate": {"metric": "", "beat_baselines": True, "at_least": None, "at_most": None},
         "weights": str(tmp_path / "checkpoints" / "best"),
         "run_dir": str(tmp_path / "run"),
     }

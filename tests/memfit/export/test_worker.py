@@ -58,6 +58,7 @@ def export(tmp_path, prepared, tiny_model):
             "card": {"name": "tiny"},
             "opset": 20,
             "samples": 8,
+            "with_weights": True,
             "atol": None,
             "rtol": None,
         }

@@ -35,7 +35,7 @@ def test_every_kind_of_net_forecasts_from_any_length(cell, norm, bidirectional, 
     decoder = {} if head == "direct" else {**DECODER, "attention": head}
     model = build(cell=cell, norm=norm, bidirectional=bidirectional, num_layers=2, dropout=0.1, **decoder)
     for steps in (1, 7, 12):
-        value, alignment = model(history_of(steps=steps))
+        value, alignment, _ = model(history_of(steps=steps))
         assert value.shape == (5, 4)
         assert (alignment is None) == (head in ("direct", "none"))
         if alignment is not None:
@@ -86,11 +86,11 @@ def test_attention_weighs_as_in_the_papers():
 def test_a_forced_step_sees_the_true_values_before_it_and_none_after(attention):
     model = build(**DECODER, attention=attention, forcing_end=1.0).train()
     x, target, draws = history_of(), history_of()[:, :4, 0], torch.rand(5, 4)
-    value, _ = model(x, target, draws)
+    value, *_ = model(x, target, draws)
     for step in range(4):
         changed = target.clone()
         changed[:, step] += 30.0
-        other, _ = model(x, changed, draws)
+        other, *_ = model(x, changed, draws)
         torch.testing.assert_close(other[:, : step + 1], value[:, : step + 1])
         assert step == 3 or not torch.allclose(other[:, step + 1], value[:, step + 1])
 
@@ -98,7 +98,7 @@ def test_a_forced_step_sees_the_true_values_before_it_and_none_after(attention):
 def test_without_forcing_or_out_of_training_it_decodes_greedily():
     model = build(**DECODER, forcing_start=0.0)
     x, target, draws = history_of(), history_of()[:, :4, 0], torch.rand(5, 4)
-    greedy, _ = model(x)
+    greedy, *_ = model(x)
     assert torch.equal(model.train()(x, target, draws)[0], greedy)
     forced = build(**DECODER)
     assert torch.equal(forced(x, target, draws)[0], greedy)

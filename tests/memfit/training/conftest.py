@@ -62,6 +62,8 @@ def make_stage(**changes) -> dict:
         "keep_checkpoints": 1,
         "checkpoint_every_epochs": 0,
         "max_steps": None,
+        "epoch_steps": None,
+        "keep_optimizer": None,
     }
     schedule = {**settings["schedule"], **changes.pop("schedule", {})}
     return {**settings, "schedule": {**schedule, "patience": 0}, **changes}

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from memfit.errors import Resumable
+from memfit.errors import MemfitError, Resumable
 from memfit.memory import enforcement
 from memfit.training import checkpoint, worker
+from memfit.training.stage import sample_order
+from memfit.workloads.registry import load_workload
+from memfit.workloads.series import SeriesWorkload
 
 
 def disturb() -> None:
@@ -204,3 +207,29 @@ def test_the_seed_decides_and_nothing_else_does(attempts):
     other.run()
     assert first.weights("last") == second.weights("last")
     assert first.weights("last") != other.weights("last")
+
+
+def test_bad_steps_before_a_stop_count_towards_those_that_end_training(attempts, monkeypatch):
+    """Steps 4, 5 and 6 have losses that are not finite, and no others; the stop comes after the fifth."""
+    original = SeriesWorkload.batch
+
+    def batch(self, split, indices):
+        found = original(self, split, indices)
+        if split == "train" and indices.tolist() in bad:
+            found["history"][:] = float("nan")
+        return found
+
+    whole, resumed = attempts("whole"), attempts("resumed")
+    num_train = load_workload(whole.job).num_samples("train")
+    order = sample_order(num_train, seed=whole.job["seed"], stage=0, epoch=0)
+    bad = [order[16 * step : 16 * step + 16].tolist() for step in (3, 4, 5)]
+    monkeypatch.setattr(SeriesWorkload, "batch", batch)
+    with pytest.raises(MemfitError, match="not finite in 3 steps up to step 6") as uninterrupted:
+        whole.run()
+    with pytest.raises(Resumable):
+        resumed.run(stop_after=5)
+    with pytest.raises(MemfitError) as raised:
+        resumed.run()
+    assert f"first such batch was samples {bad[0]}" in str(raised.value)
+    assert str(raised.value) == str(uninterrupted.value).replace(str(whole.folder), str(resumed.folder))
+    assert resumed.events() == whole.events()

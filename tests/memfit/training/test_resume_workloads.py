@@ -11,6 +11,8 @@ from memfit.data.image_spec import ImageSpec
 from memfit.data.images import outline_images
 from memfit.workloads.custom_settings import CustomKind, Model, Settings
 from memfit.workloads.forecast_settings import Model as Forecast
+from memfit.workloads.language_settings import CorpusData, LanguageKind
+from memfit.workloads.language_settings import Model as Corpus
 from memfit.workloads.registry import WORKLOADS
 
 AUGMENT = {"crop_padding": 1, "flip": 0.5, "cutout": 3, "mixup": 0.4}
@@ -51,8 +53,17 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
         )
         return {"workload": "task:build", "data_dir": str(folder), "model": {"variant": "own", "variants": {"own": {}}}}
 
+    def language() -> dict:
+        kind, data = LanguageKind(), CorpusData(source={"kind": "sample"}, tokenizer={"vocab_size": 300})
+        model = Corpus(seq_len=2000, packing="document", d_model=16, num_layers=1, dropout=0.2)
+        if not (tmp_path / "corpus").exists():
+            kind.outline(data, model, tmp_path / "corpus")
+        variants = {"variant": "recurrent", "variants": model.all_variants()}
+        return {"workload": "language", "data_dir": str(tmp_path / "corpus"), "model": variants, "loss": {}}
+
     made = {
         "series": dict,
+        "language": language,
         "vision": lambda: {
             "workload": "vision",
             "data_dir": str(images),
@@ -78,7 +89,7 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("workload", ["series", "vision", "forecast", "task:build"])
+@pytest.mark.parametrize("workload", ["series", "language", "vision", "forecast", "task:build"])
 def test_a_stage_that_was_stopped_twice_ends_the_same(jobs, workload, precision):
     whole, stopped = jobs(workload, "whole", precision), jobs(workload, "stopped", precision)
     whole.run()

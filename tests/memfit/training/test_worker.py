@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from memfit.errors import ChildOutOfMemoryError, DoesNotFitError
+from memfit.errors import ChildOutOfMemoryError, DoesNotFitError, Resumable
 from memfit.memory import enforcement, host
 from memfit.memory.host import Memory
 from memfit.process import run_child
+from memfit.training import worker
 from memfit.workloads.series import SeriesWorkload
 
 MIB = 2**20
@@ -39,6 +41,21 @@ def test_a_global_batch_that_the_host_cannot_hold_is_refused_before_training(att
         attempt.run()
     assert made == [6]  # one micro-batch, to see how large a sample is
     assert not attempt.folder.exists()
+
+
+@pytest.mark.parametrize(("keep", "before"), [(1, {"step-10", "step-13"}), (3, {"step-10", "step-12", "step-13"})])
+def test_a_resumed_stage_asks_only_for_the_disk_of_checkpoints_to_come(attempts, monkeypatch, keep, before):
+    """All in all those that are kept, the best one, and one being written."""
+    asked = []
+    monkeypatch.setattr(worker, "check_free_disk", lambda _folder, num_bytes, _what: asked.append(num_bytes))
+    attempt = attempts(stage={"epochs": 2, "keep_checkpoints": keep, "checkpoint_every_steps": 6})
+    with pytest.raises(Resumable):
+        attempt.run(stop_after=13)
+    assert {path.name for path in attempt.checkpoints.glob("step-*")} == before
+    attempt.run()
+    weights = load_file(attempt.checkpoints / "last" / "model.safetensors").values()
+    checkpoint_bytes = 3 * sum(tensor.nbytes for tensor in weights)
+    assert asked == [(keep + 2) * checkpoint_bytes, (keep + 2 - len(before)) * checkpoint_bytes]
 
 
 def test_running_out_at_every_size_says_what_was_tried_and_what_to_do(attempts, monkeypatch):

@@ -1,12 +1,15 @@
 """Checkpoints are written beside training, show the moment they were asked for, and hide no error."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memfit.training import writer
+from memfit.training import loop, worker, writer
 from memfit.training.checkpoint import load_checkpoint
+from memfit.training.events import EventLog
 from memfit.training.writer import CheckpointWriter, room_for_copies
 from tests.memfit.training.conftest import make_plan
 
@@ -145,3 +148,28 @@ def test_room_is_what_a_cpu_budget_leaves_beside_the_peak(monkeypatch):
     monkeypatch.setattr(writer.enforcement, "peak_bytes", lambda _device: 600)
     assert room_for_copies(plan) == 370
     assert room_for_copies(make_plan(device="cuda")) > 2**20
+
+
+# What training waits for
+
+
+@pytest.mark.parametrize("stops", [(), (23,)], ids=["whole", "resumed"])
+@pytest.mark.parametrize(
+    ("owner", "name", "waits"), [(writer, "save_checkpoint", 3), (EventLog, "sync", 3), (CheckpointWriter, "finish", 4)]
+)
+def test_time_that_training_waits_for_checkpoints_is_counted_over_all_attempts(
+    attempts, monkeypatch, owner, name, waits, stops
+):
+    """Three epochs, by a clock on which each call takes 100 s; what a stop's own checkpoint takes cannot be in it."""
+    original, waited = getattr(owner, name), []
+
+    def slowly(*given):
+        waited.append(100)
+        return original(*given)
+
+    monkeypatch.setattr(owner, name, slowly)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(waited)))
+    monkeypatch.setattr(worker, "room_for_copies", lambda _plan: 0)
+    result = attempts(stage={"epochs": 3}).run_interrupted(*stops)
+    assert 100 * waits <= result["stall_seconds"] < 100 * waits + 100
+    assert result["stall_seconds"] <= result["seconds"]

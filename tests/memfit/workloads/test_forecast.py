@@ -1,10 +1,6 @@
 """The forecast workload: samples, exact steps, baselines, settings, and the exported graph."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -22,14 +18,17 @@ from memfit.step import StepLayout, TrainingStep
 from memfit.training.program import stage_program
 from memfit.workloads.forecast import ForecastWorkload
 from memfit.workloads.forecast_settings import ForecastData, ForecastKind, Loss, Model
+from tests.memfit.workloads.exporting import export_all
 
 SMALL = {"horizon": 4, "window": 10, "season": 24, "hidden": 8}
 DECODER = {"head": "seq2seq", "forcing_samples": 60}
+BINS = {**DECODER, "output": "bins", "num_bins": 9}
 STAGE = {"train": ["*"], "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
 EXPORTED = {
     "rnn": {"cell": "rnn", "bidirectional": True, "num_layers": 2, "norm": "batch", "inputs": "value"},
     "gru": {"num_layers": 3, "bidirectional": True, "norm": "layer"},
     "lstm": {"cell": "lstm", "bidirectional": True, "num_layers": 2},
+    "beam": {**BINS, "cell": "lstm", "attention": "luong", "beam_width": 3},
     "plain_decoder": {**DECODER, "cell": "lstm"},
     "luong": {**DECODER, "attention": "luong", "bidirectional": True, "norm": "layer", "num_layers": 2},
     "bahdanau": {**DECODER, "cell": "rnn", "attention": "bahdanau"},
@@ -55,8 +54,12 @@ def folder(tiny_csv, tmp_path_factory):
     return prepare(data_of(tiny_csv), Model(**SMALL), tmp_path_factory.mktemp("store"))
 
 
+def model_of(**settings):
+    return {"variant": "net", "variants": {"net": settings_of(**settings)}}
+
+
 def workload_of(folder, loss=None, **settings):
-    return ForecastWorkload(folder, {"variant": "net", "variants": {"net": settings_of(**settings)}}, loss or {})
+    return ForecastWorkload(folder, model_of(**settings), loss or {})
 
 
 def net_of(workload):
@@ -112,6 +115,29 @@ def test_the_loss_is_a_mean_over_the_horizon_in_standard_deviations(folder, loss
     assert workload.count(batch) == {"value": 7.0}
 
 
+def test_the_loss_of_bins_is_their_cross_entropy_along_the_forecast(folder):
+    workload = workload_of(folder, **BINS, beam_width=3)
+    model, batch = net_of(workload).eval(), first(workload, 7)
+    found = model(batch["history"], batch["target"])
+    assert workload.loss(model, batch)["value"].item() == pytest.approx(found.cross_entropy.mean(1).sum().item())
+    greedy = workload_of(folder, **BINS)
+    torch.testing.assert_close(model.normalization.denormalize(found.value), predicted(greedy, batch))
+    assert not torch.equal(predicted(workload, batch), predicted(greedy, batch))
+
+
+def predicted(workload, batch):
+    return workload.predict(net_of(workload).eval(), batch)["value_horizon"]
+
+
+def test_bins_span_four_deviations_of_the_changes_that_train_samples_have(folder):
+    workload = workload_of(folder, **BINS)
+    batch = first(workload, workload.num_samples("train"))
+    changes = (batch["target"] - batch["history"][:, -1:, 0]) / workload.scale["std"]
+    points = net_of(workload).head.bins.points
+    assert points[-1].item() == pytest.approx(4 * changes.std(correction=0).item(), rel=1e-5)
+    assert net_of(workload_of(folder, **BINS, predict_change=False)).head.bins.points[-1].item() == 4.0
+
+
 # Steps
 
 
@@ -126,7 +152,9 @@ def one_step(workload, accumulation_steps, checkpointing="none"):
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-@pytest.mark.parametrize("settings", [{}, DECODER, {**DECODER, "attention": "luong"}], ids=["direct", "plain", "luong"])
+@pytest.mark.parametrize(
+    "settings", [{}, DECODER, {**DECODER, "attention": "luong"}, BINS], ids=["direct", "plain", "luong", "bins"]
+)
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(folder, settings, checkpointing):
     workload = workload_of(folder, num_layers=2, norm="layer", **settings)
     whole, weights = one_step(workload, 1)
@@ -158,7 +186,7 @@ def test_a_step_that_ran_out_of_memory_counts_its_samples_once(folder, fault):
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize("settings", [{}, {**DECODER, "attention": "bahdanau"}], ids=["direct", "bahdanau"])
+@pytest.mark.parametrize("settings", [{}, {**BINS, "attention": "bahdanau"}], ids=["direct", "bahdanau"])
 @pytest.mark.parametrize("device", ["cpu", "T4"])
 def test_a_step_can_be_simulated(folder, cell, settings, device):
     program = stage_program(workload_of(folder, cell=cell, num_layers=2, **settings), STAGE)
@@ -250,6 +278,7 @@ def test_batch_statistics_take_two_samples(variants, fewest):
     [
         ({"attention": "luong"}, "attention: expected none with head direct"),
         ({"num_layers": 6}, "num_layers"),
+        ({"head": "seq2seq", "beam_width": 4}, "beam_width: expected 1 with output value"),
         ({"variants": {"short": {"window": 5}}}, "variants.short: expected the model's own window"),
         ({"variants": {"other": {"cell": "elman"}}}, "variants.other: cell"),
     ],
@@ -274,14 +303,11 @@ def test_settings_of_classes_and_unknown_losses_are_refused(tiny_csv, folder):
 def exported(folder, tmp_path_factory):
     """Export every kind of net in one process: folder and cards."""
     out = tmp_path_factory.mktemp("export")
-    models = json.dumps({name: settings_of(**settings) for name, settings in EXPORTED.items()})
-    command = [sys.executable, "-W", "error", Path(__file__).with_name("forecast_export.py"), folder, out, models]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout)
+    models = {name: model_of(**settings) for name, settings in EXPORTED.items()}
+    return out, export_all("forecast", folder, out, models)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(("n", "steps"), [(1, 1), (3, 10), (5, 4), (2, 37)])
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_exported_graph_agrees_with_the_model_at_any_batch_size_and_length(exported, folder, name, n, steps):
@@ -301,6 +327,7 @@ def test_the_exported_graph_agrees_with_the_model_at_any_batch_size_and_length(e
     assert cards[name]["signature"]["inputs"][0]["shape"][:2] == ["batch", "time"]
 
 
+@pytest.mark.end_to_end
 def test_the_card_says_what_goes_in_and_what_comes_out(exported):
     out, cards = exported
     card = cards["luong"]

@@ -1,10 +1,6 @@
 """The image workload: gradients that do not depend on the cut, augmentation that resumes, nothing of the test seen."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -22,6 +18,7 @@ from memfit.training.optimizers import Schedule
 from memfit.training.program import stage_program
 from memfit.workloads.logistic_regression import fit_and_predict, num_fitted
 from memfit.workloads.vision import MONITORS, VisionWorkload
+from tests.memfit.workloads.exporting import export_all
 
 LIGHT = {"name": "resnet_light", "width_multiplier": 0.25, "norm": "group"}
 BATCHED = {**LIGHT, "norm": "batch"}
@@ -323,12 +320,7 @@ def test_what_the_baselines_were_fitted_on_is_said(workload, monkeypatch):
 def exported(digits, tmp_path_factory):
     """Export both kinds of normalization: folder and cards."""
     folder = tmp_path_factory.mktemp("export")
-    child = Path(__file__).with_name("vision_export.py")
-    command = [sys.executable, "-W", "error", child, digits, folder, json.dumps(EXPORTED)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    return folder, export_all("vision", digits, folder, EXPORTED)
 
 
 @pytest.mark.parametrize("n", [1, 3, 40])

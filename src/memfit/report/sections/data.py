@@ -57,6 +57,8 @@ def _plain_facts(manifest: dict[str, Any]) -> Facts:
 
 def _plain_splits(run: Run) -> tuple[Block, ...]:
     """Count samples and, where there are few, classes of each split."""
+    if "num_tokens" in run.manifest:
+        return Heading("Splits", "by document"), _token_splits(run.manifest)
     borders, counts = mapping(run.manifest, "borders"), {name: _counts(run.manifest, name) for name in SPLITS}
     if not borders:
         return ()
@@ -70,6 +72,17 @@ def _plain_splits(run: Run) -> tuple[Block, ...]:
         cells = [measured(count, count_text, "not recorded") for count in [*counts[name], *[None] * len(names)]]
         rows.append(Row((Cell(name), measured(size, count_text, "not recorded"), *cells[: len(names)])))
     return Heading("Splits"), Table(columns, tuple(rows))
+
+
+def _token_splits(manifest: dict[str, Any]) -> Table:
+    """Count documents, tokens and bytes of each split of a corpus."""
+    kinds = ("num_documents", "num_tokens", "num_bytes")
+    columns = (Column("Split"), *(Column(kind.removeprefix("num_").capitalize(), number=True) for kind in kinds))
+    rows = [
+        Row((Cell(split), *(measured(mapping(manifest, kind).get(split), count_text) for kind in kinds)))
+        for split in SPLITS
+    ]
+    return Table(columns, tuple(rows))
 
 
 def _facts(manifest: dict[str, Any], unit: str) -> Facts:

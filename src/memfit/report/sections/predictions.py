@@ -4,23 +4,34 @@ import numpy as np
 
 from memfit.report.blocks import Block, Cell, Column, Figure, Gallery, Heading, Note, Row, Section, Table, pending
 from memfit.report.class_names import class_names
-from memfit.report.prediction_charts import Arrays, errors, probabilities, scatter, time_line
+from memfit.report.prediction_charts import (
+    Arrays,
+    errors,
+    mean_alignment,
+    probabilities,
+    sample_alignments,
+    scatter,
+    time_line,
+)
 from memfit.report.run_files import Run
 from memfit.report.units import count_text, finite
 
 MAX_CLASSES = 20
+SERIES = {"times", "truth", "value"}
 
 
-def predictions(run: Run) -> Section:
-    """Show how the predictions of the test rows lie to the truth."""
+def predictions(run: Run) -> Section | None:
+    """Show how the predictions of the test rows lie to the truth; None where they are nothing that can be drawn."""
     title = "Predictions against truth"
     arrays = run.predictions
     if not arrays:
         return pending("predictions", title, "no predictions have been written")
     if len({len(column) for column in arrays.values()}) != 1:
         return Section("predictions", title, (Note("predictions.npz holds arrays of different lengths.", "warn"),))
-    if not {"times", "truth", "value"} <= set(arrays):  # no series: at most classes
-        return Section("predictions", title, _classes(arrays, run) or (Note("There is nothing to draw.", "pending"),))
+    if not set(arrays) >= SERIES:  # no series, or not all of one: at most classes
+        nothing = (Note("There is nothing to draw.", "pending"),) if SERIES & set(arrays) else ()
+        shown = _classes(arrays, run) or nothing
+        return Section("predictions", title, shown) if shown else None
     if not np.any(np.isfinite(arrays["truth"]) & np.isfinite(arrays["value"])):
         return Section("predictions", title, (Note("No test row has a finite prediction.", "bad"),))
     threshold = finite(run.evaluation.get("threshold"))
@@ -30,7 +41,16 @@ def predictions(run: Run) -> Section:
         time_line(arrays, run.unit, threshold),
         Gallery(tuple(figure for figure in figures if figure)),
     ]
-    return Section("predictions", title, (*blocks, *_classes(arrays, run)))
+    return Section("predictions", title, (*blocks, *_attention(run), *_classes(arrays, run)))
+
+
+def _attention(run: Run) -> tuple[Block, ...]:
+    """Show which rows of the history each step of a forecast draws on, where that is known."""
+    if run.alignment is None:
+        return ()
+    heading = Heading("Attention", "which rows of the history each step ahead draws on")
+    singles = sample_alignments(run.alignment, run.predictions["times"])
+    return heading, mean_alignment(run.alignment), *([Gallery(singles)] if singles else [])
 
 
 def _classes(arrays: Arrays, run: Run) -> tuple[Block, ...]:

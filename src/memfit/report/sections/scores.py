@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from memfit.report.blocks import Cell, Column, Facts, Row, Section, Table, measured, pending, text_cell
+from memfit.report.blocks import Cell, Column, Facts, Note, Row, Section, Table, measured, pending, text_cell
+from memfit.report.gate import gate_sentence
 from memfit.report.measures import MEASURES, best_of, measure
 from memfit.report.run_files import Run, mapping
 from memfit.report.units import count_text, finite, setting_text
@@ -29,7 +30,12 @@ def scores(run: Run) -> Section:
         ),
         rows=tuple(_row(name, columns, run.unit) for name in shown),
     )
-    return Section("scores", title, (_facts(run), table), lead=_tally(shown, columns))
+    return Section("scores", title, (_facts(run), *_gate(run), table), lead=_tally(shown, columns))
+
+
+def _gate(run: Run) -> tuple[Note, ...]:
+    gate = mapping(run.evaluation, "gate")
+    return (Note(gate_sentence(gate), "" if gate.get("passed") is True else "warn"),) if gate else ()
 
 
 def _row(name: str, columns: dict[str, dict[str, Any]], unit: str) -> Row:
