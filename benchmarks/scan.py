@@ -6,7 +6,8 @@ All ways take turns in one process; a row has the medians, and how many times as
 one step after the other; `doubling` is the scan of Kogge and Stone (1973), log2 T passes over the whole sequence;
 `cumprod` is y = P (initial + cumsum(value / P)) with P = cumprod(decay). Errors are the largest difference to the loop
 in float64, as a share of each channel's largest value, for two kinds of decays: those of a new model (time constants
-of 1 to 300 tokens, each with noise) and uniform in [0, 1).
+of 1 to 300 tokens, each with noise) and uniform in [0, 1). memfit's children run with OMP_WAIT_POLICY=PASSIVE; a machine
+that others use slows down whatever needs two threads.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from memfit.models.linear_recurrence import linear_recurrence
 
 SHAPES = ((4, 128, 256), (16, 128, 256), (4, 1024, 256), (16, 1024, 256))
 COLUMNS = (
-    "date", "commit", "device", "torch", "threads", "n", "steps", "channels", "way", "forward_ms", "step_ms",
-    "forward_ratio", "step_ratio", "error_new_model", "error_uniform",
+    "date", "commit", "device", "torch", "threads", "waiting", "n", "steps", "channels", "way", "forward_ms",
+    "step_ms", "forward_ratio", "step_ratio", "error_new_model", "error_uniform",
 )  # fmt: skip
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -122,20 +123,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--csv", type=Path, default=None, help="write the rows here")
+    parser.add_argument("--csv", type=Path, default=None, help="append the rows here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    stamped = stamp() | {"threads": options.threads}
+    stamped = stamp() | {"threads": options.threads, "waiting": os.environ.get("OMP_WAIT_POLICY", "default").lower()}
     rows = []
     for shape in SHAPES:
         rows += measure(shape, options.rounds)
         print(*map(show, rows[-len(WAYS) :]), sep="\n", flush=True)
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
     if options.csv:
-        with options.csv.open("w", newline="") as opened:
+        new = not options.csv.exists()
+        with options.csv.open("a", newline="") as opened:
             writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
-            writer.writeheader()
+            if new:
+                writer.writeheader()
             for row in rows:
                 digits = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
                 writer.writerow(stamped | digits)

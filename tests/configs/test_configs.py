@@ -99,8 +99,8 @@ def test_its_stages_take_two_micro_steps(config, tmp_path, store):
 
 @pytest.mark.end_to_end
 def test_its_stages_can_be_planned_by_estimate(config, tmp_path, store):
-    here = config.plan.device == "cpu"
-    budget = resolve_budget(config.plan.budget, "cpu") if here else parse_bytes(config.plan.budget)
+    device = "cpu" if config.plan.device == "cpu" else "t4"
+    budget = resolve_budget(config.plan.budget, device)
     for index in different_stages(config):
         job, stage = job_of(config, tmp_path, store, index), config.stages[index]
         plan = plan_stage(
@@ -109,7 +109,7 @@ def test_its_stages_can_be_planned_by_estimate(config, tmp_path, store):
                 program={"factory": "memfit.training.program:from_job", "arguments": job},
                 global_batch_size=stage.global_batch_size,
                 budget_bytes=budget,
-                device="cpu" if here else "t4",
+                device=device,
                 precisions=config.plan.precisions,
                 checkpointings=config.plan.checkpointing,
                 variant=job["model"]["variant"],
@@ -118,6 +118,7 @@ def test_its_stages_can_be_planned_by_estimate(config, tmp_path, store):
                 clip=stage.clip or None,
                 estimate_only=True,
                 min_micro_batch_size=job["min_micro_batch_size"],
+                log=tmp_path / "plan.log",
             )
         )
         assert plan.micro_batch_size * plan.accumulation_steps >= stage.global_batch_size

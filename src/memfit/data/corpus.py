@@ -1,7 +1,6 @@
 """From documents to the prepared directory: splits without shared text, a tokenizer, tokens, a manifest."""
 
 import ctypes
-import hashlib
 import itertools
 import shutil
 import sys
@@ -22,7 +21,7 @@ from memfit.data.near_duplicates import digest, normalized, sampling
 from memfit.data.prepared_corpus import SplitWriter
 from memfit.data.source import SourceFile, hash_files
 from memfit.data.splits import SPLITS
-from memfit.data.store import built, write_manifest
+from memfit.data.store import built, describe_sources, write_manifest
 from memfit.data.tokenizer import (
     FILE,
     DocumentTokenizer,
@@ -54,11 +53,7 @@ def corpus_fingerprint(spec: CorpusSpec, code_version: str) -> str:
 
 
 def _described(files: Sequence[SourceFile]) -> dict[str, Any]:
-    """Describe the files of a source in one entry: how many, their bytes, and one hash over names and contents."""
-    told = hashlib.sha256()
-    for file in files:
-        told.update(f"{file.sha256} {file.name}\n".encode("utf-8", "surrogateescape"))
-    return {"files": len(files), "bytes": sum(file.num_bytes for file in files), "sha256": told.hexdigest()}
+    return describe_sources((file.sha256, file.name, file.num_bytes) for file in files)
 
 
 def _fingerprint(spec: CorpusSpec, source: dict[str, Any], code_version: str) -> str:

@@ -13,7 +13,7 @@ from memfit.data.image_sources import hash_file, list_files, outline_source, rea
 from memfit.data.image_spec import ImageSpec
 from memfit.data.raw_images import SPLIT_CODES, ImageFile, RawImages
 from memfit.data.splits import SPLITS
-from memfit.data.store import built, write_manifest
+from memfit.data.store import built, describe_sources, write_manifest
 from memfit.errors import DataError
 from memfit.files import fingerprint
 
@@ -37,11 +37,7 @@ def images_fingerprint(spec: ImageSpec, code_version: str) -> str:
 
 
 def _hashed(files: Sequence[ImageFile]) -> dict[str, Any]:
-    """Describe the files of a source in one entry: how many, their bytes, and one hash over names and contents."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{hash_file(file)} {file.name}\n".encode("utf-8", "surrogateescape"))
-    return {"files": len(files), "bytes": sum(file.num_bytes for file in files), "sha256": digest.hexdigest()}
+    return describe_sources((hash_file(file), file.name, file.num_bytes) for file in files)
 
 
 def _fingerprint(spec: ImageSpec, source: dict[str, Any], code_version: str) -> str:

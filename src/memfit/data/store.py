@@ -1,9 +1,10 @@
 """Content-addressed directories that are whole or absent, and verified before they are used again."""
 
 import fcntl
+import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def built(store: Path, name: str, build: Callable[[Path], dict[str, Any]], *, fr
             with replaced(directory) as temporary:
                 write_manifest(temporary, {"fingerprint": name, **build(temporary)})
     return directory
+
+
+def describe_sources(files: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
+    """Describe files, each its sha256, name and bytes, in one entry: how many, their bytes, and one hash over all."""
+    told, count, num_bytes = hashlib.sha256(), 0, 0
+    for sha256, name, size in files:
+        told.update(f"{sha256} {name}\n".encode("utf-8", "surrogateescape"))
+        count, num_bytes = count + 1, num_bytes + size
+    return {"files": count, "bytes": num_bytes, "sha256": told.hexdigest()}
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 8
+CHUNK = 16
 """Steps of a chunk: shorter ones make more levels, longer ones more operators one after the other (benchmarks/scan.py).
 """
+SERIAL_ELEMENTS = 2**15
+"""What torch gives to one thread on a CPU. To wake another one takes longer than to add so few, and waits for it where
+the cores are busy: the samples are taken in groups, so that operators are no larger."""
 
 
 def linear_recurrence(decay: Tensor, value: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -42,7 +45,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, decay: Tensor, value: Tensor, initial: Tensor) -> Tensor:
         """Run the scan."""
         states = value.new_empty(value.shape)
-        _scan(decay, value, initial, states)
+        _scan_groups(decay, value, initial, states)
         ctx.save_for_backward(decay, states, initial)
         return states
 
@@ -55,13 +58,23 @@ class _Recurrence(torch.autograd.Function):
         sums = gradient.new_empty(gradient.shape)
         last = gradient[:, -1]
         sums[:, -1] = last
-        _scan(decay[:, 1:], gradient[:, :-1], last, sums[:, :-1], reverse=True)
+        _scan_groups(decay[:, 1:], gradient[:, :-1], last, sums[:, :-1], reverse=True)
         slope = None
         if for_decay:
             slope = torch.empty_like(sums)
             torch.mul(sums[:, 0], initial, out=slope[:, 0])
             torch.mul(sums[:, 1:], states[:, :-1], out=slope[:, 1:])
         return slope, sums, sums[:, 0] * decay[:, 0] if for_initial else None
+
+
+def _scan_groups(decay: Tensor, value: Tensor, initial: Tensor, out: Tensor, *, reverse: bool = False) -> None:
+    """Run `_scan` on all samples at once; on a CPU, on groups of them."""
+    rows = max(len(out), 1)
+    if out.device.type == "cpu":
+        elements = out.shape[1] * out.shape[2]
+        rows = max(CHUNK * SERIAL_ELEMENTS // max(elements, 1), 1)
+    for group in zip(*(tensor.split(rows) for tensor in (decay, value, initial, out)), strict=True):
+        _scan(*group, reverse=reverse)
 
 
 def _scan(decay: Tensor, value: Tensor, initial: Tensor, out: Tensor, *, reverse: bool = False) -> None:

@@ -9,6 +9,7 @@ import memfit
 from memfit import errors
 from memfit.data.image_spec import ImageSpec
 from memfit.data.images import outline_images
+from memfit.workloads import language_settings
 from memfit.workloads.custom_settings import CustomKind, Model, Settings
 from memfit.workloads.forecast_settings import Model as Forecast
 from memfit.workloads.language_settings import CorpusData, LanguageKind
@@ -55,7 +56,8 @@ def jobs(attempts, images, prepared, tiny_model, tmp_path, monkeypatch):
 
     def language() -> dict:
         kind, data = LanguageKind(), CorpusData(source={"kind": "sample"}, tokenizer={"vocab_size": 300})
-        model = Corpus(seq_len=2000, packing="document", d_model=16, num_layers=1, dropout=0.2)
+        model = Corpus(seq_len=64, packing="document", d_model=16, num_layers=1, dropout=0.2)
+        monkeypatch.setattr(language_settings, "OUTLINE_TOKENS", 1 << 12)
         if not (tmp_path / "corpus").exists():
             kind.outline(data, model, tmp_path / "corpus")
         variants = {"variant": "recurrent", "variants": model.all_variants()}
