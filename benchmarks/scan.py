@@ -6,8 +6,8 @@ All ways take turns in one process; a row has the medians, and how many times as
 one step after the other; `doubling` is the scan of Kogge and Stone (1973), log2 T passes over the whole sequence;
 `cumprod` is y = P (initial + cumsum(value / P)) with P = cumprod(decay). Errors are the largest difference to the loop
 in float64, as a share of each channel's largest value, for two kinds of decays: those of a new model (time constants
-of 1 to 300 tokens, each with noise) and uniform in [0, 1). memfit's children run with OMP_WAIT_POLICY=PASSIVE; a machine
-that others use slows down whatever needs two threads.
+of 1 to 300 tokens, each with noise) and uniform in [0, 1). memfit's children run with OMP_WAIT_POLICY=PASSIVE. Where
+others use the machine too, whatever needs two threads is slow.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def error(way: Way, decay: Tensor, value: Tensor, initial: Tensor) -> float:
 
 def timed(way: Way, inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[float, float]:
     """Return milliseconds of a forward pass without gradients, and of one with them and its backward pass."""
+    torch.autograd.grad(way(*inputs), inputs, gradient)  # the way before has left the caches full of its own
     started = time.perf_counter()
     with torch.no_grad():
         way(*inputs)
