@@ -9,10 +9,15 @@ builds the decoder (d_model 384, 6 layers, 6 heads), and reads all weights once.
 RssFile, clean, shared by all who map the file, and can be dropped by the kernel. "read": converted to float16, in
 memory of the process's own (RssAnon), as on a GPU. Bytes are above those after the imports, except `weight_bytes`;
 `proportional` (Pss) counts a page of the file that is mapped twice once. The file is in the page cache.
+
+Seconds of fresh children differ by half from one to the next. So time is compared within one child ("timed"): all
+numbers of experts load, build and read in turns, the order turned by one each round; a ratio is the median over rounds
+of a number's seconds to those of one expert in the same round. One expert comes twice: "again" shows what is noise.
 """
 
 import argparse
 import csv
+import gc
 import statistics
 import sys
 import tempfile
@@ -27,7 +32,7 @@ from memfit.process import Emit, run_child
 GB = 1e9
 MOST_BACKBONE_BYTES = 1.20 * GB
 MOST_RATIO = 1.05
-"""Of the memory of several experts to that of one."""
+"""Of the memory, and of the load time, of several experts to that of one."""
 DECODER = {"d_model": 384, "num_layers": 6, "num_heads": 6}
 SIZES = {
     "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -39,9 +44,10 @@ SHARED, COPIES = (1, 2, 4, 8), (1, 2)
 COLUMNS = (
     "date", "commit", "device", "torch", "row", "weights", "num_experts", "round", "backbone_bytes", "decoder_bytes",
     "weight_bytes", "resident_bytes", "anonymous_bytes", "file_bytes", "proportional_bytes", "peak_bytes",
-    "load_seconds", "build_seconds", "read_seconds", "ratio",
+    "load_seconds", "build_seconds", "read_seconds", "ratio", "time_ratio",
 )  # fmt: skip
-DEADLINE_SECONDS = 600.0
+SECONDS = ("load_seconds", "build_seconds", "read_seconds")
+DEADLINE_SECONDS = 1800.0
 
 
 def save(payload: dict[str, Any], _emit: Emit) -> dict[str, Any]:
@@ -59,26 +65,13 @@ def save(payload: dict[str, Any], _emit: Emit) -> dict[str, Any]:
 
 def load(payload: dict[str, Any], _emit: Emit) -> dict[str, Any]:
     """Be the child that loads: say what it took."""
-    import torch
-    import transformers
-
-    from memfit.models.experts_language import ExpertsLanguageModel
-    from memfit.models.language_settings import LanguageSettings
-    from memfit.workloads.backbone import load_backbone
-
-    _ = transformers.Qwen3ForCausalLM, torch.ones(256, 256) @ torch.ones(256, 256)  # imported, and threads started
+    _import()
     experts = payload["num_experts"]
     copies = experts if payload["row"] == "copies" else 1
-    before, began = _memory(), time.perf_counter()
-    backbones = [load_backbone(payload["folder"], DTYPES[payload["weights"]]) for _ in range(copies)]
-    loaded = time.perf_counter()
-    settings = LanguageSettings(name="experts", vocab_size=SIZES["vocab_size"], **DECODER, num_experts=experts)
-    model = ExpertsLanguageModel(settings, backbones[0])
-    built = time.perf_counter()
-    tensors = {*model.parameters(), *(tensor for backbone in backbones for tensor in backbone.parameters())}
-    for tensor in tensors:
-        tensor.detach().view(torch.uint8).flatten()[::2048].sum()  # one byte of every page
-    ended, after = time.perf_counter(), _memory()
+    before = _memory()
+    seconds, model, backbones = _loaded(payload["folder"], payload["weights"], experts, copies)
+    after = _memory()
+    tensors = _tensors(model, backbones)
     backbone_bytes = sum(tensor.nbytes for backbone in backbones for tensor in backbone.parameters())
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
     return {
@@ -87,10 +80,59 @@ def load(payload: dict[str, Any], _emit: Emit) -> dict[str, Any]:
         "weight_bytes": weight_bytes,
         **{f"{name}_bytes": after[name] - before[name] for name in after if name != "peak"},
         "peak_bytes": after["peak"] - before["resident"],
-        "load_seconds": loaded - began,
-        "build_seconds": built - loaded,
-        "read_seconds": ended - built,
+        **seconds,
     }
+
+
+def time_loads(payload: dict[str, Any], emit: Emit) -> None:
+    """Be the child that loads again and again: tell how long each took."""
+    _import()
+    order = [*SHARED, 1]
+    for number in range(payload["rounds"] + 1):
+        shift = number % len(order)
+        for place in (*range(shift, len(order)), *range(shift)):
+            seconds, *loaded = _loaded(payload["folder"], payload["weights"], order[place], 1)
+            del loaded
+            gc.collect()
+            if number:  # the first round touches the file and the memory
+                again = place == len(order) - 1
+                emit({"event": "timed", "num_experts": order[place], "again": again, "round": number - 1, **seconds})
+
+
+def _import() -> None:
+    """Import what loading needs, and start torch's threads."""
+    import torch
+    import transformers
+
+    import memfit.models.experts_language
+    import memfit.workloads.backbone
+
+    _ = transformers.Qwen3ForCausalLM, memfit.models.experts_language, memfit.workloads.backbone
+    torch.ones(256, 256) @ torch.ones(256, 256)
+
+
+def _loaded(folder: str, weights: str, experts: int, copies: int) -> tuple[dict[str, float], Any, list[Any]]:
+    """Load backbones, build the model on the first, read all weights; return the seconds of each, and both."""
+    import torch
+
+    from memfit.models.experts_language import ExpertsLanguageModel
+    from memfit.models.language_settings import LanguageSettings
+    from memfit.workloads.backbone import load_backbone
+
+    began = time.perf_counter()
+    backbones = [load_backbone(folder, DTYPES[weights]) for _ in range(copies)]
+    loaded = time.perf_counter()
+    settings = LanguageSettings(name="experts", vocab_size=SIZES["vocab_size"], **DECODER, num_experts=experts)
+    model = ExpertsLanguageModel(settings, backbones[0])
+    built = time.perf_counter()
+    for tensor in _tensors(model, backbones):
+        tensor.detach().view(torch.uint8).flatten()[::2048].sum()  # one byte of every page
+    seconds = (loaded - began, built - loaded, time.perf_counter() - built)
+    return dict(zip(SECONDS, seconds, strict=True)), model, backbones
+
+
+def _tensors(model: Any, backbones: list[Any]) -> set[Any]:
+    return {*model.parameters(), *(tensor for backbone in backbones for tensor in backbone.parameters())}
 
 
 def _memory() -> dict[str, int]:
@@ -120,12 +162,14 @@ def in_child(name: str, payload: dict[str, Any], log: Path) -> dict[str, Any]:
     return dict(outcome.unwrap(name))
 
 
-def measure(rounds: int, csv_path: Path | None) -> list[dict[str, Any]]:
+def measure(rounds: int, timed_rounds: int, csv_path: Path | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder, log = Path(temporary) / "backbone", Path(temporary) / "child.log"
         made = in_child("save", {"folder": str(folder)}, log)
         print(f"backbone: {made['num_parameters']:,} parameters")
+        for weights in DTYPES:
+            rows += timed(weights, timed_rounds, folder, log)
         for number in range(rounds):
             ones: dict[tuple[str, str], int] = {}
             for case in cases():
@@ -138,15 +182,34 @@ def measure(rounds: int, csv_path: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
+def timed(weights: str, rounds: int, folder: Path, log: Path) -> list[dict[str, Any]]:
+    """Load in turns in one child; a row a load, with its seconds as a ratio to those of one expert in its round."""
+    found: list[dict[str, Any]] = []
+    payload = {"folder": str(folder), "weights": weights, "rounds": rounds}
+    run_child(
+        "benchmarks.experts:time_loads", payload, log=log, deadline_seconds=DEADLINE_SECONDS, on_event=found.append
+    ).unwrap("timing")
+    loads = [{key: value for key, value in event.items() if key != "event"} for event in found if "again" in event]
+    ones = {load["round"]: total_seconds(load) for load in loads if load["num_experts"] == 1 and not load["again"]}
+    return [
+        {"row": "timed again" if load.pop("again") else "timed", "weights": weights, **load}
+        | {"time_ratio": total_seconds(load) / ones[load["round"]]}
+        for load in loads
+    ]
+
+
+def total_seconds(row: dict[str, Any]) -> float:
+    return float(sum(row[name] for name in SECONDS))
+
+
 def print_row(row: dict[str, Any]) -> None:
     sizes = ", ".join(
         f"{name} {row[f'{name}_bytes'] / GB:.3f}"
         for name in ("weight", "resident", "anonymous", "file", "proportional", "peak")
     )
-    seconds = row["load_seconds"] + row["build_seconds"] + row["read_seconds"]
     print(
-        f"{row['row']} {row['weights']:6s} {row['num_experts']} experts: {sizes} GB, {seconds:.1f} s; resident x "
-        f"{row['ratio']:.3f}",
+        f"{row['row']} {row['weights']:6s} {row['num_experts']} experts: {sizes} GB, {total_seconds(row):.1f} s; "
+        f"resident x {row['ratio']:.3f}",
         flush=True,
     )
 
@@ -158,15 +221,32 @@ def print_marks(rows: list[dict[str, Any]]) -> None:
     print(f"backbone: {one['backbone_bytes'] / GB:.3f} GB (mark: {MOST_BACKBONE_BYTES / GB:.2f}, {ok})")
     for case in cases():
         chosen = [row for row in rows if all(row[key] == value for key, value in case.items())]
-        ratio = statistics.median(row["ratio"] for row in chosen)
+        memory = statistics.median(row["ratio"] for row in chosen)
         load = statistics.median(row["load_seconds"] for row in chosen)
-        total = statistics.median(row["load_seconds"] + row["build_seconds"] + row["read_seconds"] for row in chosen)
-        mark = f" (mark: {MOST_RATIO:.2f}, {'kept' if ratio <= MOST_RATIO else 'MISSED'})"
+        total = statistics.median(map(total_seconds, chosen))
+        shared = case["row"] == "shared"
         print(
-            f"{case['row']}, {case['weights']}, {case['num_experts']} experts: {ratio:.3f} of one's memory"
-            f"{mark if case['row'] == 'shared' else ''}; beside it {chosen[0]['decoder_bytes'] / 1e6:.1f} MB; "
-            f"{load:.2f} s to load, {total:.2f} s until all is read"
+            f"{case['row']}, {case['weights']}, {case['num_experts']} experts: {memory:.3f} of one's memory"
+            f"{marked(memory) if shared else ''}; beside it {chosen[0]['decoder_bytes'] / 1e6:.1f} MB; "
+            f"{load:.2f} s to load, {total:.2f} s until all is read in a fresh child"
+            + (f"; in turns {turns(rows, case)}" if shared else "")
         )
+
+
+def marked(ratio: float) -> str:
+    return f" (mark: {MOST_RATIO:.2f}, {'kept' if ratio <= MOST_RATIO else 'MISSED'})"
+
+
+def turns(rows: list[dict[str, Any]], case: dict[str, Any]) -> str:
+    """Say how long a number of experts took in turns with the others, beside its mark; of one, what is noise."""
+    same = [row for row in rows if all(row[key] == case[key] for key in ("weights", "num_experts"))]
+    loads = [row for row in same if row["row"] == "timed"]
+    told = f"{statistics.median(map(total_seconds, loads)):.2f} s"
+    if case["num_experts"] == 1:
+        again = statistics.median(row["time_ratio"] for row in same if row["row"] == "timed again")
+        return f"{told}, once more {again:.3f} of that"
+    low, middle, high = statistics.quantiles((row["time_ratio"] for row in loads), n=4)
+    return f"{told}, {middle:.3f} of one's{marked(middle)}, half of the rounds {low:.3f} to {high:.3f}"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -183,10 +263,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of fresh children")
+    parser.add_argument("--timed-rounds", type=int, default=15, help="of loads in turns within one child")
     parser.add_argument("--csv", type=Path, default=None, help="write a row a child here")
     options = parser.parse_args()
-    print_marks(measure(options.rounds, options.csv))
+    print_marks(measure(options.rounds, options.timed_rounds, options.csv))
 
 
 if __name__ == "__main__":
