@@ -81,6 +81,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """Read a JSON object; one that is absent or torn is empty."""
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes in bounded memory."""
     with path.open("rb") as opened:

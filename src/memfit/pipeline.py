@@ -17,7 +17,7 @@ from typing import Any
 import memfit
 from memfit.config import MIN_SAMPLES, RunConfig, Stage, load_config, to_toml
 from memfit.errors import ChildOutOfMemoryError, ConfigError, DoesNotFitError, RunStateError
-from memfit.files import disk_errors, fingerprint, read_json, sha256_file, write_json, write_text
+from memfit.files import disk_errors, fingerprint, read_if_whole, read_json, sha256_file, write_json, write_text
 from memfit.locks import device_locked
 from memfit.memory.answers import what_would_fit
 from memfit.memory.budget import check_device, resolve_budget
@@ -29,6 +29,7 @@ from memfit.memory.request import PlanRequest
 from memfit.parts import ModelPart
 from memfit.process import Emit, run_child, start_template
 from memfit.run_directory import RunDirectory, environment, new_run_id, unfinished
+from memfit.run_gauges import RunGauges
 from memfit.starting_point import starting_point
 
 PACKAGE = Path(memfit.__file__).parent
@@ -60,8 +61,12 @@ def _sources(path: Path) -> list[Path]:
 class Pipeline:
     """One run: its config, its directory, and its steps."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, store: Path, *, fresh: bool, on_event: Emit) -> None:
-        self.config, self.run, self.store, self.fresh, self.on_event = config, run, store, fresh, on_event
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, runs: Path, store: Path, *, fresh: bool, on_event: Emit
+    ) -> None:
+        self.config, self.run, self.runs, self.store = config, run, runs, store
+        self.fresh, self.on_event = fresh, on_event
+        self._gauges = RunGauges(run, {"config": config.name, "workload": config.workload}, on_event)
         self._performed: dict[str, Callable[[], None]] = {
             "prepare": self._prepare,
             "plan": self._plan,
@@ -115,9 +120,10 @@ class Pipeline:
     def locked(self, waiting: AbstractContextManager[None] | None = None) -> Iterator[None]:
         """Own the run's directory and its device while the block runs; `waiting` is entered between the two.
 
-        Raises: RunStateError that names the owner.
+        The run's gauges tell of the block, and of how it ends. Raises: RunStateError that names the owner.
         """
-        with self.run.locked(), waiting or nullcontext(), device_locked(self.used_device, self.run.path):
+        device = device_locked(self.used_device, self.run.path)
+        with self.run.locked(), self._gauges.begin(self.runs), waiting or nullcontext(), device:
             yield
 
     def perform(self, step: str) -> None:
@@ -130,6 +136,7 @@ class Pipeline:
         entry = self.run.step(step)
         assert entry is not None
         self.on_event({"event": "step_end", **{k: entry[k] for k in ("name", "status", "from_run", "seconds")}})
+        self._gauges.update()
         if step == self.steps[-1]:
             self.run.record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self.run.save()
@@ -211,6 +218,7 @@ class Pipeline:
 
     def _progress(self, message: str, share: float) -> None:
         self.on_event({"event": "progress", "message": message, "share": share})
+        self._gauges.beat()
 
     # plan
 
@@ -275,7 +283,7 @@ class Pipeline:
     def _say_what_changed(self, stage: Stage, variant: str) -> None:
         """Tell why the plan of an earlier run of this name is not taken, and leave word for the next run."""
         latest, parts = self._latest_plan_parts(stage, variant), self._plan_parts(stage, variant)
-        before = _read_if_whole(latest)
+        before = read_if_whole(latest)
         changed = [name for name, digest in parts.items() if before and before.get(name) != digest]
         changed += ["the memory at hand"] if before.get("ran_out") else []
         if changed:
@@ -292,7 +300,7 @@ class Pipeline:
             self._plan_key(stage, name or self._wanted(stage)) for stage in self.config.stages for name in self._lighter
         ]
         digest = fingerprint(keys)
-        if self.run.done("plan", digest) and "stages" in _read_if_whole(self.run.path / "plan.json"):
+        if self.run.done("plan", digest) and "stages" in read_if_whole(self.run.path / "plan.json"):
             return
         started = time.perf_counter()
         self.run.note("plan", digest, "running")
@@ -368,6 +376,7 @@ class Pipeline:
 
     def _on_probe(self, stage: str, probe: Probe) -> None:
         self.on_event({"event": "probe", "stage": stage, "probe": vars(probe)})
+        self._gauges.beat()
 
     @property
     def plans(self) -> list[Plan]:
@@ -466,6 +475,7 @@ class Pipeline:
         if event["event"] == "layout":
             self._note_in_flight(index, {key: value for key, value in event.items() if key != "event"})
         self.on_event(event)
+        self._gauges.beat()
 
     def _note_in_flight(self, index: int, change: dict[str, Any]) -> None:
         """Keep a change of the layout with the run's plan; one that failed is planned anew in the next run."""
@@ -477,7 +487,7 @@ class Pipeline:
             plan, stage = plans[index], self.config.stages[index]
             (self.store / "plans" / f"{Path(plan.fingerprint).name}.json").unlink(missing_ok=True)
             latest = self._latest_plan_parts(stage, plan.variant or self._wanted(stage))
-            write_json(latest, {**_read_if_whole(latest), "ran_out": change["message"]})
+            write_json(latest, {**read_if_whole(latest), "ran_out": change["message"]})
 
     def _child(self, step: str, target: str, job: dict[str, Any], on_event: Emit | None = None) -> Any:
         outcome = run_child(target, job, log=self._log(step), on_event=on_event or self.on_event)
@@ -568,14 +578,6 @@ class Pipeline:
         }
 
 
-def _read_if_whole(path: Path) -> dict[str, Any]:
-    """Read a JSON document; one that is absent or torn is empty."""
-    try:
-        return dict(read_json(path))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 FILES = {
     "config": "config.toml",
     "plan": "plan.json",
@@ -622,7 +624,7 @@ def open_run(
             "data_dir": None,
         }
         run = RunDirectory.create(path, config.name, facts)
-    return Pipeline(config, run, store, fresh=fresh, on_event=on_event)
+    return Pipeline(config, run, runs, store, fresh=fresh, on_event=on_event)
 
 
 def _read_text_if_any(path: Path) -> str:
