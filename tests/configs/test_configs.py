@@ -61,7 +61,8 @@ def test_the_documented_configs_are_shipped():
         *("digits_smoke", "digits_quick", "cifar10_resnet18"),
         *("forecast_smoke", "forecast_quick", "forecast_reference"),
         *("custom_smoke", "custom_quick"),
-        *("language_smoke", "language_quick", "recurrent_tiny", "experts_quick", "experts_t4"),
+        *("language_smoke", "language_quick", "recurrent_tiny"),
+        *("experts_smoke", "experts_quick", "experts_t4"),
     }
     workloads = {load_config(path).workload for path in CONFIGS}
     assert workloads == {*WORKLOADS, "memfit.template_project.task:build"}
@@ -127,7 +128,7 @@ def test_its_stages_can_be_planned_by_estimate(config, tmp_path, store):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("stem", ["digits_smoke", "forecast_smoke", "custom_smoke", "language_smoke"])
+@pytest.mark.parametrize("stem", ["digits_smoke", "forecast_smoke", "custom_smoke", "language_smoke", "experts_smoke"])
 def test_smoke_configs_go_through_the_whole_pipeline(stem, tmp_path):
     run = open_run(named(stem), runs=tmp_path / "runs", store=tmp_path / "store")
     run.perform_until("report")
