@@ -6,7 +6,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: run demo test faults soak check bench clean
+.PHONY: run demo test faults soak check bench deploy clean
 
 run: .venv/.installed
 	$(BIN)/python -m flows.train_model configs/weather_quick.toml $(ARGS)
@@ -32,6 +32,9 @@ check: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.step_overhead $(ARGS)
+
+deploy: .venv/.installed
+	$(BIN)/python -m flows.install_deployments $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,6 @@
 """What the flows take. Prefect shows the descriptions in its form; its server refuses what does not match, unrun."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +51,10 @@ RunDir = Annotated[
 ]
 Resume = Annotated[bool, _described("Go on with the newest unfinished run of the same config, if there is one.")]
 Fresh = Annotated[bool, _described("Reuse nothing of earlier runs: prepare, plan and train again.")]
-Runs = Annotated[str, Field(min_length=1), _described("Folder where runs are kept.")]
-Store = Annotated[str, Field(min_length=1), _described("Folder where prepared data and plans are kept.")]
+Runs = Annotated[str, _described("Folder where runs are kept. Empty: $MEMFIT_RUNS of where it runs, else runs.")]
+Store = Annotated[
+    str, _described("Folder of prepared data and plans. Empty: $MEMFIT_STORE of where it runs, else store.")
+]
 
 
 def read_parameters(config: str, overrides: tuple[str, ...], budget: str, device: str) -> RunConfig:
@@ -64,12 +67,17 @@ def open_directory(config: RunConfig, *, run_dir: str, resume: bool, fresh: bool
     again = (flow_run.run_count or 0) > 1
     return open_run(
         config,
-        runs=Path(runs).resolve(),
-        store=Path(store).resolve(),
+        runs=_folder(runs, "MEMFIT_RUNS", "runs"),
+        store=_folder(store, "MEMFIT_STORE", "store"),
         run_dir=Path(run_dir).resolve() if run_dir else None,
         resume=resume or again,
         fresh=fresh,
     )
+
+
+def _folder(given: str, variable: str, default: str) -> Path:
+    """Choose a folder as the command line does: what is given, else the environment's, else the default."""
+    return Path(given or os.environ.get(variable) or default).resolve()
 
 
 def name_from_config() -> str:

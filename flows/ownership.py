@@ -37,11 +37,12 @@ def owned(pipeline: Pipeline) -> Iterator[None]:
 def device_slot(device: str) -> Iterator[None]:
     """Hold the server's one slot of a CUDA device while the block runs; wait until it is free.
 
-    The cpu is shared, and a temporary server serves one run: there is no slot then. A server that is away when the
-    lease is to be renewed or given back does not end the run: the device's lock file still keeps others off.
+    The cpu is shared, and a temporary server serves one run: there is no slot then; nor where the run has been given a
+    device for itself, as a pod is (MEMFIT_OWN_DEVICE=true). A server that is away when the lease is to be renewed or
+    given back does not end the run: the device's lock file still keeps others off.
     Raises: ConfigError where the server has no such limit.
     """
-    if device == "cpu" or get_current_settings().api.url is None:
+    if device == "cpu" or get_current_settings().api.url is None or os.environ.get("MEMFIT_OWN_DEVICE") == "true":
         yield
         return
     name, logger, held = slot_name(device), get_run_logger(), ExitStack()

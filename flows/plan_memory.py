@@ -23,8 +23,8 @@ def plan_config(
     run_dir: given.RunDir = "",
     resume: given.Resume = False,
     fresh: given.Fresh = False,
-    runs: given.Runs = "runs",
-    store: given.Store = "store",
+    runs: given.Runs = "",
+    store: given.Store = "",
 ) -> dict[str, Any]:
     """Prepare data and find out how every stage fits into the budget; a later `train-model` reuses the plan."""
     settings = given.read_parameters(config, overrides, budget, device)

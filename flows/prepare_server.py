@@ -4,15 +4,18 @@ PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.prepare_server --devic
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
+import httpx
 import typer
 from prefect import get_client
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from flows.ownership import slot_name
@@ -26,6 +29,11 @@ FLOWS = ("train-model", "plan-memory")
 LEASES_ON_DISK = "prefect.server.concurrency.lease_storage.filesystem"
 _ENDS = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled", "Paused", "Suspended", "AwaitingRetry")
 """States in which heartbeats stop and nothing is wrong."""
+_OURS = ("description", "trigger", "actions")
+"""What of the automation is brought up to date; whether it is switched on is the server's matter."""
+CrashAfter = Annotated[
+    int, typer.Option(min=10, metavar="SECONDS", help="How long after its last heartbeat a run counts as crashed.")
+]
 
 
 def heartbeat_automation(crash_after: int) -> AutomationCore:
@@ -55,21 +63,37 @@ def heartbeat_automation(crash_after: int) -> AutomationCore:
     )
 
 
-def install(client: SyncPrefectClient, devices: Sequence[str], crash_after: int) -> list[str]:
-    """Install the automation and a limit of one run for every device; return a line on each thing done."""
+def install(client: SyncPrefectClient, devices: Sequence[str], crash_after: int) -> dict[str, str]:
+    """Install the automation and a limit of one run for every device; return what was done to each."""
+    done = {f"automation {AUTOMATION!r}, after {crash_after} s": _install_automation(client, crash_after)}
+    for name in map(slot_name, devices):
+        done[f"concurrency limit {name!r}, 1 run"] = _install_limit(client, name)
+    return done
+
+
+def _install_automation(client: SyncPrefectClient, crash_after: int) -> str:
     automation = heartbeat_automation(crash_after)
     known = client.read_automations_by_name(AUTOMATION)
-    if known:
-        client.update_automation(known[0].id, automation)
-    else:
-        client.create_automation(automation)
     for copy in known[1:]:
         client.delete_automation(copy.id)
-    names = [slot_name(device) for device in devices]
-    for name in names:
-        client.upsert_global_concurrency_limit_by_name(name, 1)
-    said = f"automation {AUTOMATION!r}: after {crash_after} s ({'updated' if known else 'created'})"
-    return [said, *(f"concurrency limit {name!r}: 1 run" for name in names)]
+    if not known:
+        client.create_automation(automation)
+        return "created"
+    if len(known) == 1 and all(getattr(known[0], name) == getattr(automation, name) for name in _OURS):
+        return "unchanged"
+    client.update_automation(known[0].id, automation)
+    return "changed"
+
+
+def _install_limit(client: SyncPrefectClient, name: str) -> str:
+    try:
+        known = client.read_global_concurrency_limit_by_name(name)
+    except ObjectNotFound:
+        known = None
+    if known is not None and known.active and known.limit == 1:
+        return "unchanged"
+    client.upsert_global_concurrency_limit_by_name(name, 1)
+    return "created" if known is None else "changed"
 
 
 def lease_warning(client: SyncPrefectClient) -> str | None:
@@ -85,6 +109,36 @@ def lease_warning(client: SyncPrefectClient) -> str | None:
     )
 
 
+def warn_of_leases(client: SyncPrefectClient) -> None:
+    """Print the warning of `lease_warning` on stderr, if there is one."""
+    if (warning := lease_warning(client)) is not None:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+@contextmanager
+def connected() -> Iterator[SyncPrefectClient]:
+    """Talk to the server of PREFECT_API_URL while the block runs. Raises: ConfigError where that does not answer."""
+    url = get_current_settings().api.url
+    if not url:
+        raise ConfigError(
+            "expected the URL of a Prefect server, got none. Start one (prefect server start), and set PREFECT_API_URL."
+        )
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except httpx.TransportError as error:
+        raise ConfigError(
+            f"PREFECT_API_URL: expected a Prefect server at {url}, got: {error}. Start it, or mend the URL."
+        ) from error
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise ConfigError(
+            f"{url}: expected to be let in, got status {error.response.status_code}. "
+            "Set PREFECT_API_AUTH_STRING to the server's user:password, or PREFECT_API_KEY."
+        ) from error
+
+
 def _command(
     device: Annotated[
         list[str] | None,
@@ -93,36 +147,33 @@ def _command(
             help="A CUDA device of a worker, counted as nvidia-smi does: one run at a time. Repeat for several.",
         ),
     ] = None,
-    crash_after: Annotated[
-        int,
-        typer.Option(min=10, metavar="SECONDS", help="How long after its last heartbeat a run counts as crashed."),
-    ] = CRASH_AFTER_SECONDS,
+    crash_after: CrashAfter = CRASH_AFTER_SECONDS,
 ) -> None:
     """Install memfit's heartbeat automation, and concurrency limits of CUDA devices, on the server of PREFECT_API_URL.
 
     Run it again at any time: nothing is installed twice. Where several machines share a server, set MEMFIT_MACHINE
     here and in each machine's worker to a name of the machine: limits are then per machine.
     """
-    if get_current_settings().api.url is None:
-        raise ConfigError(
-            "expected the URL of a Prefect server, got none. Start one (prefect server start), and set PREFECT_API_URL."
-        )
-    with get_client(sync_client=True) as client:
-        for line in install(client, device or [], crash_after):
-            typer.echo(line)
-        if (warning := lease_warning(client)) is not None:
-            typer.echo(f"warning: {warning}", err=True)
+    with connected() as client:
+        for thing, what in install(client, device or [], crash_after).items():
+            typer.echo(f"{thing}: {what}")
+        warn_of_leases(client)
 
 
-def main() -> None:
-    """Run the command; errors go to stderr as one message, with an exit status of their own."""
+def run_command(command: Callable[..., None]) -> None:
+    """Run a command line; errors go to stderr as one message, with an exit status of their own."""
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    application.command()(_command)
+    application.command()(command)
     try:
         application()
     except MemfitError as error:
         typer.echo(f"memfit: {type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_status)
+
+
+def main() -> None:
+    """Run this module's command."""
+    run_command(_command)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def train_model(
     run_dir: given.RunDir = "",
     resume: given.Resume = False,
     fresh: given.Fresh = False,
-    runs: given.Runs = "runs",
-    store: given.Store = "store",
+    runs: given.Runs = "",
+    store: given.Store = "",
 ) -> dict[str, Any]:
     """Prepare data, find out how every stage fits into the budget, train, evaluate, export ONNX, and report."""
     settings = given.read_parameters(config, overrides, budget, device)

@@ -116,6 +116,12 @@ class Service:
         line = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
         return subprocess.run(line, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=300)
 
+    def deploy(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run what `make deploy` runs, in the repository."""
+        line = [sys.executable, "-W", "error", "-m", "flows.install_deployments", *arguments]
+        environment = {**self.environment, **extra}
+        return subprocess.run(line, cwd=self.root, env=environment, capture_output=True, text=True, timeout=300)
+
     def started(self, part: str) -> dict[int, str]:
         """Return pid and command line of what runs here now and has a text in its command line."""
         home = self.environment["PREFECT_HOME"]

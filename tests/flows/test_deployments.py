@@ -1,4 +1,7 @@
-"""prefect.yaml against a real server and worker on the loopback interface: deploy, run, watch, refuse, cancel."""
+"""`make deploy` and prefect.yaml with a real server and worker on the loopback interface: deploy, run, refuse, cancel.
+
+Pools for containers have no worker here: their runs are asked for, and stay scheduled.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.flows.service import Service
 
@@ -16,13 +20,12 @@ ONE_LONG_STAGE = "stages=[{name='only', epochs=1, global_batch_size=1, lr=1e-3}]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, root) -> Iterator[Service]:
-    """Server, work pool, both deployments, worker."""
+    """Server, work pools, all deployments, process worker."""
     service = Service(tmp_path_factory.mktemp("service"), root)
     try:
         service.start_server()
-        for arguments in (["work-pool", "create", "memfit-process", "--type", "process"], ["deploy", "--all"]):
-            done = service.prefect(*arguments)
-            assert done.returncode == 0, done.stdout + done.stderr
+        done = service.deploy(MEMFIT_HOME="/where/the/deployer/is")
+        assert done.returncode == 0, done.stdout + done.stderr
         service.start_worker()
         yield service
     finally:
@@ -48,7 +51,8 @@ def test_smoke_deployment_runs_under_a_worker_and_leaves_artifacts(service, para
         "deployment", "run", "train-model/smoke", "--params", json.dumps(chosen), "--watch", "--watch-timeout", "280"
     )
     assert done.returncode == 0, done.stdout + done.stderr + service.log("worker")
-    (run,) = service.post("/flow_runs/filter", {}).json()
+    wanted = {"deployments": {"id": {"any_": [deployment(service, "smoke")["id"]]}}}
+    (run,) = service.post("/flow_runs/filter", wanted).json()
     assert run["state"]["type"] == "COMPLETED", service.log("worker")
     assert {"memfit", "smoke"} <= set(run["tags"])
     assert run["name"].startswith("smoke 2")
@@ -96,6 +100,150 @@ def test_nightly_is_deployed_inactive_and_one_at_a_time(service):
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert nightly["enforce_parameter_schema"]
+
+
+def identities(service: Service) -> dict[str, Any]:
+    """Return ids and schedules of all deployments, and templates of all pools: what a second deploy must leave."""
+    deployments = {
+        each["name"]: (each["id"], each["paused"], [{**s, "updated": ""} for s in each["schedules"]])
+        for each in service.post("/deployments/filter", {}).json()
+    }
+    pools = {each["name"]: each["base_job_template"] for each in service.post("/work_pools/filter", {}).json()}
+    return {**deployments, **pools}
+
+
+def changes(service: Service, *arguments: str) -> list[str]:
+    """Deploy, and return what that says it did."""
+    done = service.deploy(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if not line.endswith(": unchanged")]
+
+
+def test_second_deploy_changes_nothing_and_says_so(service):
+    before = identities(service)
+    assert {"memfit-process", "memfit-docker", "memfit-kubernetes", "multiscale-t4", "plan-t4"} <= before.keys()
+    assert changes(service) == ["nothing changed"]
+    assert identities(service) == before
+
+
+def test_deploy_keeps_what_was_switched_on_the_server(service):
+    (schedule,) = deployment(service, "nightly")["schedules"]
+    done = service.prefect("deployment", "schedule", "resume", "train-model/nightly", schedule["id"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    service.post(f"/deployments/{deployment(service, 'recurrent-tiny')['id']}/pause_deployment", {}).raise_for_status()
+    before = identities(service)
+    kept = "schedule every-night of nightly: on, as it was switched on the server"
+    assert changes(service) == [kept, "nothing changed"]
+    assert identities(service) == before
+    assert deployment(service, "nightly")["schedules"][0]["active"]
+    service.prefect("deployment", "schedule", "pause", "train-model/nightly", schedule["id"])
+
+
+def test_deploy_follows_the_file_edited_removed_and_back(service, root, tmp_path):
+    text = (root / "prefect.yaml").read_text()
+    document = yaml.safe_load(text)
+    by_name = {each["name"]: each for each in document["deployments"]}
+    by_name["nightly"]["schedules"] = [{**by_name["nightly"]["schedules"][0], "cron": "30 4 * * *"}]
+    by_name["nightly-docker"]["schedules"] = []
+    by_name["multiscale-t4-kubernetes"]["name"] = "renamed"
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(document))
+    old = deployment(service, "nightly")
+
+    assert changes(service, "--prefect-file", str(own)) == [
+        "schedule every-night of nightly-docker: removed",
+        "deployment train-model/multiscale-t4-kubernetes: removed",
+        "deployment train-model/nightly: changed (schedules)",
+        "deployment train-model/nightly-docker: changed (schedules)",
+        "deployment train-model/renamed: created",
+        "5 changes",
+    ]
+    new = deployment(service, "nightly")
+    assert new["schedules"][0]["schedule"]["cron"] == "30 4 * * *"
+    assert (new["id"], new["schedules"][0]["id"]) == (old["id"], old["schedules"][0]["id"])
+    assert deployment(service, "nightly-docker")["schedules"] == []
+    assert service.post("/deployments/filter", {}).text.count('"name":"multiscale-t4-kubernetes"') == 0
+
+    assert changes(service)[-1] == "4 changes"
+    assert deployment(service, "nightly")["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+
+
+def test_deploy_leaves_a_deployment_of_one_s_own(service, tmp_path):
+    done = service.prefect(
+        *("deploy", "flows/train_model.py:train_model", "--name", "mine", "--pool", "memfit-process", "--tag", "own")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert changes(service) == ["nothing changed"]
+    mine = deployment(service, "mine")
+    assert mine["tags"] == ["own"]
+
+
+def test_deploy_says_what_prefect_refused(service, tmp_path):
+    (tmp_path / "own.yaml").write_text("deployments: [{name: one, entrypoint: 'flows/none.py:none'}]")
+    before = identities(service)
+    done = service.deploy("--prefect-file", str(tmp_path / "own.yaml"))
+    assert done.returncode == 2
+    assert "prefect deploy: expected exit status 0" in done.stderr
+    assert "none.py" in done.stderr
+    assert "Traceback" not in done.stderr.split("prefect deploy:")[0]
+    assert identities(service) == before
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [("", "PREFECT_API_URL"), ("http://127.0.0.1:9/api", "expected a Prefect server at http://127")]
+)
+def test_deploy_without_a_server_says_what_to_do(service, url, message):
+    done = service.deploy(PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES="0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_of_a_container_s_deployment_takes_parameters_and_job_variables(service):
+    done = service.prefect(
+        *("deployment", "run", "train-model/multiscale-t4", "--param", "budget=7GiB"),
+        *("--param", 'overrides=["stages.0.epochs=2"]', "--job-variable", "mem_limit=6g"),
+        *("--job-variable", "image=memfit:cuda", "--job-variable", "env.MEMFIT_MACHINE=attic"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = {"deployments": {"id": {"any_": [deployment(service, "multiscale-t4")["id"]]}}}
+    (run,) = service.post("/flow_runs/filter", wanted).json()
+    assert run["job_variables"] == {"mem_limit": "6g", "image": "memfit:cuda", "env.MEMFIT_MACHINE": "attic"}
+    assert run["parameters"]["budget"] == "7GiB"
+    assert run["parameters"]["overrides"] == ["stages.0.epochs=2"]
+    assert run["parameters"]["config"] == "configs/multiscale_t4.toml"
+    assert (run["work_pool_name"], run["state"]["type"]) == ("memfit-docker", "SCHEDULED")
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "bad"),
+    [
+        ("multiscale-t4", {"mem_limit": "lots"}, "mem_limit"),
+        ("multiscale-t4", {"mem_limt": "6g"}, "mem_limt"),
+        ("multiscale-t4", {"device_requests": 1}, "device_requests"),
+        ("multiscale-t4-kubernetes", {"num_gpus": -1}, "num_gpus"),
+        ("multiscale-t4-kubernetes", {"memory_limit": "12GiB"}, "memory_limit"),
+        ("multiscale-t4-kubernetes", {"gpus": 1}, "gpus"),
+    ],
+)
+def test_server_refuses_bad_job_variables_before_a_run_exists(service, name, variables, bad):
+    before = num_flow_runs(service)
+    path = f"/deployments/{deployment(service, name)['id']}/create_flow_run"
+    answer = service.post(path, {"job_variables": variables})
+    assert answer.status_code == 422
+    assert bad in answer.text
+    assert num_flow_runs(service) == before
+
+
+def test_plan_for_a_card_that_is_not_here_runs_under_a_worker(service, parameters):
+    chosen = json.dumps(parameters)
+    done = service.prefect(
+        "deployment", "run", "plan-memory/plan-t4", "--params", chosen, "--watch", "--watch-timeout", "280"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + service.log("worker")
+    (plan,) = Path(parameters["runs"]).glob("multiscale-t4/*/plan.json")
+    stages = json.loads(plan.read_text())["stages"]
+    assert [stage["verified"] for stage in stages] == [False] * 3
 
 
 def test_cancelled_run_leaves_a_checkpoint_and_no_child(service, parameters, wait_until):

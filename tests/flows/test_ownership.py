@@ -66,6 +66,14 @@ def test_a_server_without_the_limit_is_told_what_installs_it(prefect_api):
         hold_slot("cuda:7")
 
 
+def test_a_run_that_has_a_device_for_itself_waits_for_no_slot(prefect_api, monkeypatch):
+    monkeypatch.setenv("MEMFIT_OWN_DEVICE", "true")
+    assert hold_slot("cuda:7") < 5
+    monkeypatch.setenv("MEMFIT_OWN_DEVICE", "false")
+    with pytest.raises(ConfigError, match="'memfit-cuda-7'"):
+        hold_slot("cuda:7")
+
+
 def test_a_flow_on_a_card_takes_slot_and_lock_before_it_works(
     client, monkeypatch, root, tmp_path, locks_folder, folders
 ):

@@ -4,6 +4,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -18,6 +19,7 @@ from flows.prepare_server import (
     install,
     lease_warning,
 )
+from memfit.errors import ConfigError
 
 
 @pytest.fixture
@@ -47,6 +49,20 @@ def test_without_a_server_it_says_what_to_set(says):
     assert "PREFECT_API_URL" in err
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [(401, ConfigError, r"status 401.*PREFECT_API_AUTH_STRING"), (500, httpx.HTTPStatusError, "500")],
+)
+def test_only_a_server_that_does_not_let_it_in_is_answered_with_what_to_set(status, error, message):
+    answer = httpx.Response(status, request=httpx.Request("GET", "http://server"))
+    with (
+        temporary_settings({PREFECT_API_URL: "http://server:4200/api"}),
+        pytest.raises(error, match=message),
+        prepare_server.connected(),
+    ):
+        answer.raise_for_status()
+
+
 def test_runs_say_that_they_live_three_times_before_they_count_as_crashed(root):
     shipped = yaml.safe_load((Path(root) / "prefect.yaml").read_text())
     environments = [each["work_pool"]["job_variables"]["env"] for each in shipped["deployments"]]
@@ -65,7 +81,8 @@ def test_what_is_there_is_brought_up_to_date(client, says):
     client.create_automation(heartbeat_automation(600))
     code, out, err = says("--device", "cuda:8", "--device", "cuda:9")
     assert code == 0, err
-    assert "90 s (updated)" in out
+    assert "90 s: changed" in out
+    assert says("--device", "cuda:8", "--device", "cuda:9")[1].count(": unchanged") == 3
     (automation,) = client.read_automations_by_name(AUTOMATION)
     assert automation.trigger.within == timedelta(seconds=90)
     client.update_global_concurrency_limit("memfit-cuda-9", limit_of(3))
