@@ -69,7 +69,7 @@ def remove_schedules(
 ) -> dict[str, str]:
     """Delete the schedules of wanted deployments that their document lacks; return what was done."""
     done = {}
-    for key in known.keys() & wanted.keys():
+    for key in sorted(known.keys() & wanted.keys()):
         slugs = prefect_file.slugs_of(wanted[key])
         for schedule in known[key].schedules:
             if schedule.slug not in slugs:
