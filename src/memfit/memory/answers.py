@@ -47,7 +47,7 @@ def answer(search: Search, chosen: Probe, timeline: dict[str, list[Any]]) -> Pla
 def _levers(search: Search, chosen: Candidate) -> tuple[dict[str, Any], ...]:
     request = search.request
     used = [
-        ("accumulation_steps", "numerics" if search.batch_norm else "exact", chosen.accumulation_steps, 1),
+        ("accumulation_steps", "numerics" if search.cuts_matter else "exact", chosen.accumulation_steps, 1),
         ("checkpointing", "exact", chosen.checkpointing, "none"),
         *((name, "exact", getattr(chosen, name), default) for name, default in CHEAP_LEVERS),
         ("precision", "numerics", chosen.precision, "fp32"),
@@ -71,8 +71,9 @@ def _reason(search: Search, chosen: Probe) -> str:
         else f"{_share_of(peak, request.budget_bytes)}, at most {(chosen.upper_bytes or 0) / MIB:.0f} MiB; predicted, "
         f"nothing was run on {request.device}."
     )
+    first = "Fewest cuts, then fastest" if search.cuts_matter else "Fastest"
     return (
-        f"Fastest of {fitting} layouts that fit, {len(considered)} considered: "
+        f"{first} of {fitting} layouts that fit, {len(considered)} considered: "
         f"{chosen.samples_per_second or 0.0:.1f} samples/s at {evidence}{_BATCH_NORM * cut}"
     )
 

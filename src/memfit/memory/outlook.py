@@ -86,6 +86,7 @@ def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
     oracle = forecaster(load_program(payload["program"]), payload)
     oracle.take_over(Probe(**probe) for probe in payload["known"])
     limit, size = int(payload["budget_bytes"] * (1 - HEADROOM)), payload["global_batch_size"]
+    fewest_cuts = payload.get("fewest_cuts", False)
     probes, smallest = [], []
     precisions = oracle.device.precisions
     for plain in payload["ladders"]:
@@ -111,11 +112,13 @@ def forecast(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
         return exact[candidate]
 
     for _ in range(_EXACT_TRIES):  # until what ranks first does so by a simulation of its own
-        best = next(iter(ranking(exact.get(probe.candidate, probe) for probe in probes)), None)
+        best = next(
+            iter(ranking((exact.get(probe.candidate, probe) for probe in probes), fewest_cuts=fewest_cuts)), None
+        )
         if best is None or best.candidate in exact:
             break
         look_closer(best.candidate)
-    fitting = ranking(exact.values()) or [
+    fitting = ranking(exact.values(), fewest_cuts=fewest_cuts) or [
         probe for probe in map(look_closer, [each.candidate for each in smallest]) if probe.outcome == "predicted"
     ]
     if not fitting:

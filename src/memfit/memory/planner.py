@@ -54,7 +54,7 @@ def _found_by_probes(search: Search, seq_len: int | None) -> Found | None:
         timelines.append(ran.timeline)
         return ran.probes[-1]
 
-    for probe in confirm(found, measure):
+    for probe in confirm(found, measure, fewest_cuts=search.cuts_matter):
         search.tried.append(probe)
         if probe.outcome == "fits":
             return probe, timelines[-1]
@@ -87,6 +87,7 @@ def _found_by_forecast(search: Search, seq_len: int | None) -> Found | None:
         "ladders": ladders,
         "checkpointings": list(request.checkpointings),
         "known": known,
+        "fewest_cuts": search.cuts_matter,
     }
     outcome = run_child(
         "memfit.memory.outlook:forecast",
@@ -235,6 +236,7 @@ def _run(
         "candidates": [asdict(candidate) for candidate in ladder],
         "smallest": list(smallest),
         "verifying": verifying,
+        "fewest_cuts": search.cuts_matter,
         "check": request.check and not verifying,
     }
     outcome = run_child(

@@ -78,7 +78,9 @@ def run(payload: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
     probes: list[Probe] = []
     try:
-        for probe in sweep(ladder, prober, limit, expect):
+        for probe in sweep(
+            ladder, prober, limit, expect, lambda: prober.batch_norm or payload.get("fewest_cuts", False)
+        ):
             known = predicted.get(probe.candidate) or _predict(forecast, [probe.candidate]).get(probe.candidate)
             if known is not None:
                 probe = replace(probe, predicted_bytes=known.peak_bytes, upper_bytes=known.upper_bytes)
@@ -114,6 +116,8 @@ class Prober:
     emit: Emit
     device_batch_size: int = 0
     """The share of the global batch that this device has; 0: all of it."""
+    batch_norm: bool = False
+    """Whether a model that was built has layers with batch statistics."""
     _built: tuple[tuple[Any, ...], nn.Module, torch.optim.Optimizer] | None = None
     _at: str = ""
     _binding: tuple[int, str] = (0, "")
@@ -148,6 +152,7 @@ class Prober:
             materialize_state(model, optimizer)
             self._built = candidate.ladder, model, optimizer
             if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                self.batch_norm = True
                 self.emit({"event": "batch_norm"})
         return self._built[1:]
 

@@ -71,4 +71,9 @@ class Search:
     relief: list[dict[str, Any]] = field(default_factory=list)
     """What a child found would make the smallest layout fit; empty where none was asked."""
     batch_norm: bool = False
-    """Whether the model's result depends on how a batch is cut, since it has layers with batch statistics."""
+    """Whether the model has layers with batch statistics, as far as a child has built it."""
+
+    @property
+    def cuts_matter(self) -> bool:
+        """Whether the result depends on how a batch is cut: so it was found, or a smallest micro-batch declared."""
+        return self.batch_norm or self.request.min_micro_batch_size > 1

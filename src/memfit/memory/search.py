@@ -56,7 +56,11 @@ def grid(ladder: Sequence[Candidate]) -> list[Candidate]:
 
 
 def sweep(
-    ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, predict: Predict = lambda _candidate: 0
+    ladder: Sequence[Candidate],
+    measure: Measure,
+    budget_bytes: int,
+    predict: Predict = lambda _candidate: 0,
+    insist: Callable[[], bool] = lambda: False,
 ) -> Iterator[Probe]:
     """Climb the ladder until it does not fit, will not fit, or no longer gets faster.
 
@@ -64,10 +68,10 @@ def sweep(
     rung was the fastest. A rung is left out when its prediction, or the last peak and the rise to be expected, passes
     the budget; what of the gap below it fits is then tried, if larger micro-batches were faster up to there. The climb
     also ends when two rungs in a row were no faster than the best before them: by more than noise, or where going on
-    takes long.
+    takes long; unless `insist`, asked when a rung has been run, says that the fewest cuts are wanted.
     """
     start, fitting, last = _start(ladder, budget_bytes, predict), list[Probe](), ""
-    for probe in _climb(ladder[start:], measure, budget_bytes, predict):
+    for probe in _climb(ladder[start:], measure, budget_bytes, predict, insist):
         yield probe
         fitting += [probe] if probe.outcome == "fits" else []
         last = probe.outcome
@@ -91,7 +95,9 @@ def _rate(probe: Probe) -> float:
     return probe.samples_per_second or 0.0
 
 
-def _climb(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, predict: Predict) -> Iterator[Probe]:
+def _climb(
+    ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, predict: Predict, insist: Callable[[], bool]
+) -> Iterator[Probe]:
     fitting: list[Probe] = []
     for candidate in ladder:
         hopeless = predict(candidate) > budget_bytes * (1 + FORECAST_SLACK)
@@ -103,7 +109,7 @@ def _climb(ladder: Sequence[Candidate], measure: Measure, budget_bytes: int, pre
         if probe.outcome != "fits":
             return
         fitting.append(probe)
-        if _stalled(fitting):
+        if _stalled(fitting) and not insist():
             return
 
 
@@ -206,10 +212,11 @@ def mildest(probes: Iterable[Probe]) -> Probe | None:
     return min(failed, key=lambda p: (p.micro_batch_size, p.peak_bytes or p.predicted_bytes or 2**62), default=None)
 
 
-def ranking(probes: Iterable[Probe]) -> list[Probe]:
+def ranking(probes: Iterable[Probe], *, fewest_cuts: bool = False) -> list[Probe]:
     """Order the probes that fit, or are predicted to: fastest per sample first; within 3 % the smaller peak first.
 
-    Where no speed is known, what recomputes nothing and accumulates least comes first.
+    Where no speed is known, what recomputes nothing and accumulates least comes first. fewest_cuts: what accumulates
+    least comes first in any case, as where batch statistics make the result depend on how a batch is cut.
     """
     left = [probe for probe in probes if probe.outcome in ("fits", "predicted")]
     if not any(probe.samples_per_second for probe in left):
@@ -221,16 +228,18 @@ def ranking(probes: Iterable[Probe]) -> list[Probe]:
         chosen = min(tied, key=lambda probe: probe.peak_bytes or probe.predicted_bytes or 0)
         ordered.append(chosen)
         left.remove(chosen)
-    return ordered
+    return sorted(ordered, key=lambda probe: probe.accumulation_steps) if fewest_cuts else ordered
 
 
 def _effort(probe: Probe) -> tuple[bool, int, int]:
     return probe.checkpointing != "none", probe.accumulation_steps, probe.peak_bytes or probe.predicted_bytes or 0
 
 
-def confirm(probes: Iterable[Probe], measure: Measure, attempts: int = 3) -> Iterator[Probe]:
+def confirm(
+    probes: Iterable[Probe], measure: Measure, attempts: int = 3, *, fewest_cuts: bool = False
+) -> Iterator[Probe]:
     """Run the best candidates again, each in a fresh child, until one fits."""
-    for probe in ranking(probes)[:attempts]:
+    for probe in ranking(probes, fewest_cuts=fewest_cuts)[:attempts]:
         verified = replace(measure(probe.candidate), verifying=True)
         yield verified
         if verified.outcome == "fits":

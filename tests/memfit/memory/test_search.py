@@ -465,6 +465,24 @@ def test_within_three_percent_the_smaller_peak_wins(rate, winner):
     assert ranking([fast, small])[0].micro_batch_size == winner
 
 
+def test_where_a_cut_changes_the_result_the_fewest_cuts_win_over_speed():
+    fast = Probe(1, 4, "fp32", "none", None, "fits", 100, 1.0, 200.0)
+    whole = Probe(4, 1, "fp32", "blocks", None, "fits", 900, 1.0, 50.0)
+    faster_whole = replace(whole, precision="bf16", samples_per_second=60.0)
+    assert ranking([fast, whole, faster_whole], fewest_cuts=True) == [faster_whole, whole, fast]
+    assert next(confirm([fast, whole], Cost(base=0, slope=1, cap=100).probe, fewest_cuts=True)).micro_batch_size == 4
+
+
+def test_a_sweep_for_the_fewest_cuts_climbs_though_it_gets_slower():
+    def measure(candidate):
+        return replace(
+            Cost(base=0, slope=1, cap=100).probe(candidate), samples_per_second=1 / candidate.micro_batch_size
+        )
+
+    assert micro_sizes(sweep(ladder_of(64), measure, BUDGET))[-1] < 64
+    assert micro_sizes(sweep(ladder_of(64), measure, BUDGET, insist=lambda: True))[-1] == 64
+
+
 def test_predictions_are_ranked_like_measurements():
     small = Probe(1, 2, "fp32", "none", None, "predicted", samples_per_second=98.0, predicted_bytes=100)
     fast = Probe(2, 1, "fp32", "none", None, "predicted", samples_per_second=100.0, predicted_bytes=900)
