@@ -54,7 +54,11 @@ def reliability(truth: ArrayLike, probabilities: ArrayLike, num_bins: int = NUM_
     classes, shares = _checked(truth, probabilities)
     if not _defined(shares):
         return None
-    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == classes
+    return by_confidence(shares.max(axis=1), shares.argmax(axis=1) == classes, num_bins)
+
+
+def by_confidence(confidence: NDArray[np.float64], right: NDArray[np.bool_], num_bins: int = NUM_BINS) -> Reliability:
+    """Sort rows into bins by a probability, finite, that was stated for something that came true where `right`."""
     bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
     counts = np.bincount(bins, minlength=num_bins)
     most = np.maximum(counts, 1)

@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from memfit.metrics.calibration import by_confidence
 from memfit.report.alignments import Alignment
 from memfit.report.blocks import Figure, Key
 from memfit.report.plots import COLOURS, HEIGHT, NARROW, WIDE, Plot, css_colour, new_plot
+from memfit.report.run_files import CONFIDENCE
 from memfit.report.units import number_text, setting_text
 
 MAX_ROWS = 300
@@ -125,6 +127,26 @@ def probabilities(arrays: Arrays, threshold: float, unit: str) -> Figure | None:
     legend = tuple(Key(label, css_colour(colour), "area") for _, label, colour in parts)
     caption = f"{int(above.sum()):,} of {len(truth):,} rows are above {setting_text(threshold)} {unit}".rstrip()
     return Figure("Probability of exceeding", svg, f"{caption}. The further apart, the better.", legend)
+
+
+def reliability_diagram(arrays: Arrays) -> Figure | None:
+    """Draw how often the likeliest class was the true one, over the probability that was stated for it."""
+    if not {CONFIDENCE, "class", "class_truth"} <= set(arrays) or not np.isfinite(arrays[CONFIDENCE]).all():
+        return None
+    found = by_confidence(arrays[CONFIDENCE].astype(np.float64), arrays["class"] == arrays["class_truth"])
+    there = found.counts > 0
+    with new_plot(NARROW, HEIGHT + 20) as plot:
+        plot.axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=1.1, linestyle=(0, (4, 3)))
+        plot.axes.plot(found.confidence[there], found.accuracy[there], color=COLOURS["blue"], linewidth=1.0)
+        sizes = 12 + 140 * found.counts[there] / found.counts.sum()
+        plot.axes.scatter(found.confidence[there], found.accuracy[there], s=sizes, color=COLOURS["blue"], alpha=0.6)
+        plot.axes.set_xlabel("probability stated")
+        plot.axes.set_ylabel("share that was right")
+        plot.axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        label = f"Share of right answers over stated probability, {int(there.sum())} bins of {found.counts.sum()} rows."
+        svg = plot.svg("reliability", label)
+    legend = (Key("rows of like confidence", css_colour("blue"), "dot"), Key("honest", css_colour("muted"), "dashed"))
+    return Figure("Confidence and truth", svg, "Larger dots hold more rows; below the line: overconfident.", legend)
 
 
 def mean_alignment(alignment: Alignment) -> Figure:

@@ -17,6 +17,9 @@ from memfit.report.history import StageHistory, read_history
 
 T = TypeVar("T")
 
+PROBABILITIES, CONFIDENCE = "class_probabilities", "confidence"
+"""In predictions.npz, a row's probabilities; as it is read, the largest of them."""
+
 
 @dataclass
 class Run:
@@ -117,11 +120,14 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of one dimension; larger ones are not even unpacked."""
+    """Read the arrays of one dimension, and the largest probability of each row; others are not even unpacked."""
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.namelist() if _num_dimensions(archive, member) == 1]
+        dimensions = {member: _num_dimensions(archive, member) for member in archive.namelist()}
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-        return {member.removesuffix(".npy"): arrays[member] for member in members}
+        found = {member.removesuffix(".npy"): arrays[member] for member, count in dimensions.items() if count == 1}
+        if dimensions.get(f"{PROBABILITIES}.npy") == 2 and arrays[PROBABILITIES].size:
+            found[CONFIDENCE] = arrays[PROBABILITIES].max(axis=1)
+    return found
 
 
 def _num_dimensions(archive: zipfile.ZipFile, member: str) -> int:

@@ -47,6 +47,27 @@ def test_images_are_shown_with_their_classes(run_dir, page_of, fast_plots):
     assert "Log loss" in texts["scores"]
 
 
+def test_calibration_is_drawn_where_probabilities_are_known(run_dir, page_of, fast_plots):
+    as_images(run_dir)
+    assert "Calibration" not in page_of(run_dir).texts["predictions"]
+    told = np.array([[0.9, 0.1], [0.8, 0.2]], np.float32)
+    arrays = {"class_truth": np.array([0, 1]), "class": np.array([0, 0]), "class_probabilities": told}
+    np.savez(run_dir / "predictions.npz", **arrays)
+    assert "Confidence and truth" in page_of(run_dir).texts["predictions"]
+
+
+def test_of_many_classes_the_most_frequent_mistakes_are_listed(run_dir, page_of, fast_plots):
+    as_images(run_dir)
+    truth, predicted = np.repeat(np.arange(30), 4), np.repeat(np.arange(30), 4)
+    predicted[:3], predicted[8] = 29, 5
+    np.savez(run_dir / "predictions.npz", class_truth=truth, **{"class": predicted})
+    text = page_of(run_dir).texts["predictions"]
+    assert "most frequent mistakes among 30" in text
+    assert "dog" not in text, "a class that is never mistaken"
+    listed = " ".join(text.split("mistakes among 30")[1].split())
+    assert listed == "truth taken for rows of class 0 class 29 3 4 class 2 class 5 1 4"
+
+
 def test_the_score_that_decides_is_the_workloads(run_dir):
     as_images(run_dir)
     evaluation = read_json(run_dir / "evaluation.json")

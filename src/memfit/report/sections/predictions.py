@@ -1,6 +1,9 @@
 """Predictions against truth: a time line, a scatter, the errors, and who is taken for what."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from memfit.report.blocks import Block, Cell, Column, Figure, Gallery, Heading, Note, Row, Section, Table, pending
 from memfit.report.class_names import class_names
@@ -9,6 +12,7 @@ from memfit.report.prediction_charts import (
     errors,
     mean_alignment,
     probabilities,
+    reliability_diagram,
     sample_alignments,
     scatter,
     time_line,
@@ -17,6 +21,8 @@ from memfit.report.run_files import Run
 from memfit.report.units import count_text, finite
 
 MAX_CLASSES = 20
+"""Of more, no table of all pairs is shown, but the pairs that are mistaken most often."""
+MAX_MISTAKES = 20
 SERIES = {"times", "truth", "value"}
 
 
@@ -54,20 +60,36 @@ def _attention(run: Run) -> tuple[Block, ...]:
 
 
 def _classes(arrays: Arrays, run: Run) -> tuple[Block, ...]:
-    confusion = _confusion(arrays, run)
-    return (Heading("Classes", "rows: truth; columns: prediction"), confusion) if confusion else ()
-
-
-def _confusion(arrays: Arrays, run: Run) -> Table | None:
-    """Count each true class's predictions; the bars are shares of the row."""
     if not {"class", "class_truth"} <= set(arrays):
-        return None
+        return ()
+    diagram = reliability_diagram(arrays)
+    honesty = (Heading("Calibration", "how often what was stated came true"), Gallery((diagram,))) if diagram else ()
     truth, predicted = arrays["class_truth"].astype(int), arrays["class"].astype(int)
+    if min(truth.min(), predicted.min()) < 0:
+        return honesty
     names = class_names(run, int(max(truth.max(), predicted.max())) + 1)
-    if len(names) > MAX_CLASSES or min(truth.min(), predicted.min()) < 0:
-        return None
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (truth, predicted), 1)
+    if len(names) > MAX_CLASSES:
+        return Heading("Classes", f"most frequent mistakes among {len(names)}"), _mistakes(counts, names), *honesty
+    return Heading("Classes", "rows: truth; columns: prediction"), _confusion(counts, names), *honesty
+
+
+def _mistakes(counts: NDArray[np.int_], names: Sequence[str]) -> Table:
+    """List the pairs of classes that are mistaken most often; the bars are shares of the true class."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = [place for place in np.argsort(-wrong, axis=None, kind="stable")[:MAX_MISTAKES] if wrong.flat[place]]
+    columns = (Column("truth"), Column("taken for"), Column("rows", number=True), Column("of", number=True))
+    rows = []
+    for truth, predicted in (divmod(int(place), len(names)) for place in order):
+        count, total = int(wrong[truth, predicted]), int(counts[truth].sum())
+        cells = (Cell(count_text(count), tone="off", bar=count / total), Cell(count_text(total), tone="muted"))
+        rows.append(Row((Cell(names[truth]), Cell(names[predicted]), *cells)))
+    return Table(columns, tuple(rows))
+
+
+def _confusion(counts: NDArray[np.int_], names: Sequence[str]) -> Table:
+    """Show each true class's predictions; the bars are shares of the row."""
     columns = (Column("truth"), *(Column(name, number=True) for name in names), Column("rows", number=True))
     return Table(columns, tuple(_class_row(name, index, counts[index].tolist()) for index, name in enumerate(names)))
 
