@@ -10,15 +10,16 @@ the reported figures are quoted from their authors, and were measured on other d
 say that they compare. The last columns are the README's table, which is printed at the end.
 
 --text: a text of some 4 MB, documents separated by blank lines, for the recurrent model at 16 x 128 tokens a step; of
-Debian's packages bible-kjv and bible-kjv-text: `bible gen1:1-rev22:21 < /dev/null > FILE`. About four minutes more.
+Debian's packages bible-kjv and bible-kjv-text: `bible gen1:1-rev22:21 < /dev/null > FILE`. About four minutes
+more. --only runs some systems; the other rows of the CSV stay.
 """
 
 import argparse
 import csv
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,8 @@ def planned(system: str, bench: Bench, name: str, budget: str, *overrides: str, 
     return Row(system, row, "; then ".join(map(predicted, plans)), reported, "predicted, not run", found)
 
 
-def rows(bench: Bench, text: Path | None) -> Iterator[Row]:
-    """Yield the table, system by system."""
-    yield from series(bench)
-    yield from experts(bench)
-    yield from recurrent(bench, text)
-    yield from vision(bench)
-    yield from forecast(bench)
+def custom(bench: Bench) -> Iterator[Row]:
+    """A workload of one's own: no reference system, but on the same pipeline."""
     yield scored("custom", bench.run("custom_quick"), note="the project that `memfit init` makes, on made-up numbers")
 
 
@@ -166,18 +162,21 @@ def experts(bench: Bench) -> Iterator[Row]:
         yield Row("experts", "memory over the number of experts", f"see {table}", "flat at 1.20 GB", "0.6 B backbone")
 
 
-def recurrent(bench: Bench, text: Path | None) -> Iterator[Row]:
-    """System 3: the small recurrent language model."""
+def recurrent(bench: Bench) -> Iterator[Row]:
+    """System 3: the small recurrent language model, on the packaged text."""
     yield from _tiny("4 x 128 tokens a step; theirs is not stated", bench.run("recurrent_tiny"))
-    if text:
-        source = ('kind="files"', f"paths={json.dumps([str(text.resolve())])}", 'separator="\\n\\n"')
-        overrides = [*(f"data.source.{setting}" for setting in source), "data.min_chars=64"]
-        overrides += ["stages.0.global_batch_size=16"]
-        yield from _tiny(
-            f"16 x 128 tokens a step, {text.stat().st_size / 1e6:.1f} MB of text",
-            bench.run("recurrent_tiny", *overrides),
-        )
     yield scored("recurrent", bench.run("language_quick"), note="grows after its first stage")
+
+
+def recurrent_on(bench: Bench, text: Path) -> Iterator[Row]:
+    """System 3 on a larger text."""
+    source = ('kind="files"', f"paths={json.dumps([str(text.resolve())])}", 'separator="\\n\\n"')
+    overrides = [*(f"data.source.{setting}" for setting in source), "data.min_chars=64"]
+    overrides += ["stages.0.global_batch_size=16"]
+    yield from _tiny(
+        f"16 x 128 tokens a step, {text.stat().st_size / 1e6:.1f} MB of text",
+        bench.run("recurrent_tiny", *overrides),
+    )
 
 
 def _tiny(about: str, run: Mapping[str, Any]) -> Iterator[Row]:
@@ -212,14 +211,52 @@ def forecast(bench: Bench) -> Iterator[Row]:
     yield scored("forecast", bench.run("forecast_quick"), "0.01 to 0.08 on toy series", "24 hours of temperature")
 
 
-def print_table(found: list[Row]) -> None:
+SYSTEMS = {
+    "series": series, "experts": experts, "recurrent": recurrent, "vision": vision, "forecast": forecast,
+    "custom": custom,
+}  # fmt: skip
+TEXT = "recurrent, a text"
+"""Rows of --text count as a system of their own."""
+
+
+def rows(bench: Bench, only: Sequence[str], text: Path | None) -> Iterator[Row]:
+    """Yield the table, system by system."""
+    for name, system in SYSTEMS.items():
+        if name in only or not only:
+            yield from system(bench)
+    if text:
+        yield from (replace(row, system=TEXT) for row in recurrent_on(bench, text))
+
+
+def print_table(found: Iterable[Mapping[str, Any]]) -> None:
     """Print the README's table of what was run."""
     print("\n| config | parameters | plan (micro-batch x accumulation) | budget | seconds | score | best baseline |")
     print("|---|---|---|---|---|---|---|")
-    for run in (row.run for row in found if "score" in row.run):
+    for run in (row for row in found if row.get("score")):
         score, rival = f"{run['scored_by']} **{run['score']}**", f"{run['baseline']} {run['baseline_score']}"
         cells = (run["parameters"], run["plan"], run["budget"], run["seconds"], score, rival)
         print(f"| `{run['config']}` |", *(f"{cell} |" for cell in cells))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of earlier times, if there are any."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the rows of systems that were run in the place of their former ones."""
+    order = [*SYSTEMS, TEXT]
+    again = {row["system"] for row in found}
+    kept = [row for row in read(path) if row["system"] in order and row["system"] not in again]
+    merged = sorted([*kept, *found], key=lambda row: order.index(row["system"]))
+    with path.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged)
+    return merged
 
 
 def main() -> None:
@@ -227,18 +264,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--text", type=Path, help="a text for the recurrent model at 16 x 128 tokens a step")
+    parser.add_argument("--only", nargs="*", choices=[*SYSTEMS, "text"], default=[], help="run these alone")
     options = parser.parse_args()
     found, stamped = [], stamp()
     with tempfile.TemporaryDirectory(prefix="memfit-reference-") as folder:
-        for row in rows(Bench(Path(folder)), options.text):
+        for row in rows(Bench(Path(folder)), options.only, options.text):
             print(row.system, row.row, row.memfit, row.reported, row.note, sep=" | ", flush=True)
-            found.append(row)
-    print_table(found)
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**stamped, **asdict(row), **row.run} for row in found)
+            found.append({**stamped, **asdict(row), **row.run})
+    print_table(write(options.csv, found) if options.csv else found)
 
 
 if __name__ == "__main__":

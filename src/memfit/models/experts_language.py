@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from memfit.errors import ConfigError
 from memfit.models.decoder_language import Decoder
-from memfit.models.language import LanguageModel, initialize, norm
+from memfit.models.language import INIT_STD, LanguageModel, initialize, norm
 from memfit.models.language_settings import LanguageSettings
 
 
@@ -49,7 +49,10 @@ class ExpertMixture(nn.Module):
         self.router = nn.Linear(width, settings.num_experts, bias=False)
         self.down = nn.Linear(width, adapters, bias=False)
         self.up = nn.Linear(adapters, settings.d_model, bias=False)
-        initialize(self, settings.num_layers, outs=("up",))
+        initialize(self, settings.num_layers, outs=())
+        with torch.no_grad():  # as small as elsewhere they would make a stream of thousandths, and learn slowly
+            self.down.weight.mul_(width**-0.5 / INIT_STD)
+            self.up.weight.mul_(settings.expert_rank**-0.5 / INIT_STD)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Map a backbone's rows [n, T, H] to their mixture [n, T, d_model] and the router's shares [n, T, E]."""
