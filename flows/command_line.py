@@ -1,8 +1,5 @@
 """Run a flow from the command line, with the options, the summary and the exit statuses of `memfit`."""
 
-import json
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,28 +9,18 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import get_current_settings
 
 from flows.flow_parameters import read_parameters
+from flows.prefect_logs import follow_log_format
 from memfit import cli
-from memfit.console import show_summary, stderr_console
-from memfit.errors import ConfigError, MemfitError, Resumable
+from memfit.command import LogFormatOption, output, run_application
+from memfit.errors import ConfigError, Resumable
+from memfit.log_lines import LogFormat
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config.")]
 
 
 def run_from_command_line(flow: Flow[..., dict[str, Any]]) -> None:
-    """Parse the arguments and run the flow; errors go to stderr as one message, with an exit status of their own.
-
-    SIGTERM becomes an exception, so that the training child and the temporary server end before this process does.
-    """
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        _application(flow)()
-    except MemfitError as error:
-        typer.echo(f"memfit: {type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_status)
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+    """Parse the arguments and run the flow; errors are told in one message, with an exit status of their own."""
+    run_application(_application(flow))
 
 
 def _application(flow: Flow[..., dict[str, Any]]) -> typer.Typer:
@@ -51,7 +38,9 @@ def _application(flow: Flow[..., dict[str, Any]]) -> typer.Typer:
         as_json: cli.Json = False,
         runs: cli.Runs = Path("runs"),
         store: cli.Store = Path("store"),
+        _log_format: LogFormatOption = LogFormat.text,
     ) -> None:
+        follow_log_format()
         parameters = {
             "config": str(config),
             "overrides": tuple(overrides or ()),
@@ -64,9 +53,7 @@ def _application(flow: Flow[..., dict[str, Any]]) -> typer.Typer:
             "store": str(store),
         }
         summary = _run(flow, parameters)
-        show_summary(stderr_console(), summary)
-        if as_json:
-            typer.echo(json.dumps(summary, indent=2))
+        output().finish(summary, as_json=as_json)
 
     return application
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect.logging import get_run_logger
-from rich.console import Console
-from rich.text import Text
 
 from memfit.config import load_config
-from memfit.console import RunView
+from memfit.log_lines import EXTRA
+from memfit.output import LineView, Write
 from memfit.pipeline import Pipeline, open_run
 from memfit.process import Emit
 
@@ -17,22 +16,18 @@ StepRecord = dict[str, Any]
 """A step's entry in run.json: name, fingerprint, status, from_run, seconds."""
 
 
-class LogConsole(Console):
-    """A console whose lines become log records, so that Prefect's log reads as the terminal does."""
+def log_writer(logger: "logging.Logger | logging.LoggerAdapter[Any]") -> Write:
+    """Return what makes a run's lines records of a logger: Prefect's log reads as the terminal does."""
 
-    def __init__(self, logger: "logging.Logger | logging.LoggerAdapter[Any]") -> None:
-        super().__init__(quiet=True, force_terminal=False)
-        self._logger = logger
+    def write(level: str, message: str, facts: dict[str, Any]) -> None:
+        logger.log(logging.getLevelNamesMapping()[level.upper()], "%s", message, extra={EXTRA: facts})
 
-    def print(self, *objects: Any, **_options: Any) -> None:
-        """Log the objects as one line of plain text."""
-        line = " ".join(Text.from_markup(str(thing)).plain for thing in objects)
-        self._logger.info(line.strip())
+    return write
 
 
 def perform(step: str, run_dir: str, store: str, fresh: bool, *, also: Emit | None = None) -> Pipeline:
     """Perform one step of the run in a directory; its events go to the run logger, and to `also`."""
-    view = RunView(LogConsole(get_run_logger()))
+    view = LineView(log_writer(get_run_logger()))
 
     def show(event: dict[str, Any]) -> None:
         view(event)
@@ -40,6 +35,7 @@ def perform(step: str, run_dir: str, store: str, fresh: bool, *, also: Emit | No
             also(event)
 
     pipeline = _open(run_dir, store, fresh, show)
+    view.run = {"run_id": pipeline.run.run_id, "name": pipeline.config.name}
     pipeline.perform(step)
     return pipeline
 

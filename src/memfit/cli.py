@@ -2,17 +2,21 @@
 
 import json
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import memfit
-from memfit.errors import ConfigError, MemfitError, Resumable, RunStateError
+from memfit.command import LogFormatOption, output, run_application, telling_failures
+from memfit.errors import ConfigError, Resumable, RunStateError
+from memfit.log_lines import LogFormat
+
+if TYPE_CHECKING:
+    from memfit.output import Output
+    from memfit.pipeline import Pipeline
 
 app = typer.Typer(
     help="Training for PyTorch that fits the memory you have: from data to a checked ONNX model.",
@@ -67,35 +71,37 @@ def run_until(
     store: Path,
 ) -> dict[str, Any]:
     """Run the pipeline up to a step and print what came of it; return the summary."""
-    from memfit.console import RunView, show_summary, stderr_console  # torch and rich take seconds: not for --help
-    from memfit.pipeline import open_run, read_config
+    from memfit.pipeline import open_run, read_config  # takes seconds: not for --help
 
-    console = stderr_console()
-    config, own_dir = read_config(target, overrides)
-    pipeline = open_run(
-        config,
-        runs=runs,
-        store=store,
-        run_dir=run_dir or own_dir,
-        resume=resume,
-        fresh=fresh,
-        on_event=RunView(console),
-    )
+    said = output()
+    with telling_failures(said):
+        config, own_dir = read_config(target, overrides)
+        pipeline = open_run(
+            config,
+            runs=runs,
+            store=store,
+            run_dir=run_dir or own_dir,
+            resume=resume,
+            fresh=fresh,
+            on_event=said.on_event,
+        )
+        _perform(pipeline, last, said)
+        summary = pipeline.summary()
+        said.finish(summary, as_json=as_json)
+    return summary
+
+
+def _perform(pipeline: "Pipeline", last: str, said: "Output") -> None:
     path = pipeline.run.path
-    if fresh and pipeline.run.record["finished"]:
+    if pipeline.fresh and pipeline.run.record["finished"]:
         raise RunStateError(f"{path}: --fresh trains again in a new run, and this one is finished. Leave out the run.")
-    console.print(f"run {pipeline.run.run_id} of {config.name!r} in {path}", soft_wrap=True)
+    said.begin(pipeline.run.run_id, pipeline.config.name, str(path))
     try:
         with pipeline.locked():
             pipeline.perform_until(last)
     except KeyboardInterrupt:  # here, as typer would turn it into an exit status of its own
         verb = "run" if last == "report" else last
         raise Resumable(f"run {pipeline.run.run_id} stopped on request. Go on with: memfit {verb} {path}") from None
-    summary = pipeline.summary()
-    show_summary(console, summary)
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    return summary
 
 
 def _command(name: str, last: str, doc: str) -> Callable[..., None]:
@@ -110,6 +116,7 @@ def _command(name: str, last: str, doc: str) -> Callable[..., None]:
         as_json: Json = False,
         runs: Runs = Path("runs"),
         store: Store = Path("store"),
+        _log_format: LogFormatOption = LogFormat.text,
     ) -> None:
         run_until(
             last,
@@ -157,6 +164,7 @@ def plan(
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
+    _log_format: LogFormatOption = LogFormat.text,
 ) -> None:
     """Plan every stage, and say what was considered."""
     settings = with_shortcuts(overrides or [], budget, device)
@@ -184,13 +192,14 @@ def report(
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
+    _log_format: LogFormatOption = LogFormat.text,
 ) -> None:
     """Write the report."""
     if target.is_dir() and not overrides:
         from memfit.report.page import write_report
 
-        path = write_report(target)
-        typer.echo(json.dumps({"report": str(path)}) if as_json else str(path))
+        path = str(write_report(target))
+        output().answer("report", {"report": path}, path, as_json=as_json)
         return
     run_until(
         "report",
@@ -217,6 +226,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
     as_json: Json = False,
+    _log_format: LogFormatOption = LogFormat.text,
 ) -> None:
     """Write prompts and what follows them to stdout, as it comes."""
     from memfit.export.infer import BundleError, InputError, Model
@@ -226,15 +236,9 @@ def generate(
     try:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         model = TextModel(Model(folder), folder)
+        said = output()
         for text in prompt or [""]:
-            pieces = model.generate(text, sampling, max_tokens)
-            if as_json:
-                typer.echo(json.dumps({"prompt": text, "text": "".join(pieces)}))
-                continue
-            typer.echo(text, nl=False)
-            for piece in pieces:
-                typer.echo(piece, nl=False)
-            typer.echo()
+            said.continue_text(text, model.generate(text, sampling, max_tokens), as_json=as_json)
     except (BundleError, InputError, ValueError) as error:
         raise ConfigError(f"generate: {error}") from error
 
@@ -242,22 +246,24 @@ def generate(
 @app.command("init", help="Make a folder with a task of your own that runs at once: your model and data go in there.")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is not there yet, or empty.")],
+    _log_format: LogFormatOption = LogFormat.text,
 ) -> None:
     """Copy the template project."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: expected a folder that is not there yet, or empty. Choose another name.")
     template = Path(__file__).with_name("template_project")
     shutil.copytree(template, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    typer.echo(f"{folder}: task.py, config.toml, README.md. Next: cd {folder} && memfit run config.toml")
+    said = f"{folder}: task.py, config.toml, README.md. Next: cd {folder} && memfit run config.toml"
+    output().answer("init", {"folder": str(folder)}, said, as_json=False)
 
 
 @app.command("devices", help="List what is here to train on, and the cards that can be planned for without being here.")
-def devices(as_json: Json = False) -> None:
+def devices(as_json: Json = False, _log_format: LogFormatOption = LogFormat.text) -> None:
     """Show this machine's devices above the catalog."""
     from memfit.memory.devices import CATALOG
 
     document = {"here": {"cpu": _cpu_here(), "cuda": _cards_here()}, "catalog": [asdict(card) for card in CATALOG]}
-    typer.echo(json.dumps(document, indent=2) if as_json else _device_tables(document))
+    output().answer("devices", document, _device_tables(document), as_json=as_json)
 
 
 def _cpu_here() -> dict[str, Any]:
@@ -342,33 +348,20 @@ def explain_oom(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on stdout; what the script prints goes to stderr.")
     ] = False,
+    log_format: LogFormatOption = LogFormat.text,
 ) -> None:
     """Explain one script; end with its exit status, or with 9 where memory ran out."""
-    from memfit.console import show_oom, stderr_console
     from memfit.memory.explain import explain_script
 
-    report = explain_script(script, args or [], budget=budget, device=device, own_stdout=as_json)
-    show_oom(stderr_console(), report)
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
+    own_stdout = as_json or log_format is LogFormat.json
+    report = explain_script(script, args or [], budget=budget, device=device, own_stdout=own_stdout)
+    output().explain(report, as_json=as_json)
     raise typer.Exit(report["exit_status"])
 
 
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    """Run the command line; errors go to stderr as one message, with an exit status of their own."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app()
-    except MemfitError as error:
-        typer.echo(f"memfit: {type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        typer.echo("memfit: stopped; go on with --resume", err=True)
-        sys.exit(75)
+    """Run the command line; errors are told in one message, with an exit status of their own."""
+    run_application(app)
 
 
 if __name__ == "__main__":
