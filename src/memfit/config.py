@@ -121,7 +121,8 @@ class Stage(Part):
     keep_optimizer: bool | None = None
     """Go on with the optimizer's moments of the stage before; default: where the model changes."""
     train: Annotated[tuple[Text, ...], Field(max_length=256)] = ("*",)
-    """Parameters to train, by shell-style patterns of their names; the rest is frozen."""
+    """Parameters to train, by shell-style patterns of their names; the rest is frozen, and what the model itself keeps
+    frozen, such as the backbone of experts, is so in any case."""
     monitor: Text = "total"
     """Validation figure that decides which weights are best: a loss term, `total`, or a metric such as `mae`."""
     monitor_mode: Literal["min", "max"] | None = None

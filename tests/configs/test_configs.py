@@ -96,6 +96,7 @@ def test_its_stages_take_two_micro_steps(config, tmp_path, store):
         changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
         assert changed
         assert changed <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not any(name.startswith("backbone.") for name in changed)
 
 
 @pytest.mark.end_to_end

@@ -42,7 +42,8 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 def freeze_all_but(model: nn.Module, patterns: list[str]) -> nn.Module:
     """Leave trainable only the parameters whose name matches one of the shell-style patterns.
 
-    Raises: ConfigError for a pattern that matches nothing.
+    What the model froze when it was built, such as a shared backbone, stays frozen.
+    Raises: ConfigError for a pattern that matches nothing, and where nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -50,7 +51,12 @@ def freeze_all_but(model: nn.Module, patterns: list[str]) -> nn.Module:
             heads = sorted({name.split(".")[0] for name in names})
             raise ConfigError(f"train: {pattern!r} matches no parameter. Top-level modules are {heads}; try 'name.*'.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(parameter.requires_grad and matches)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"train: expected patterns of parameters to train, got {patterns}: the model has those frozen."
+        )
     return model
 
 

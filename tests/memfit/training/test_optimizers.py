@@ -59,6 +59,15 @@ def test_a_pattern_that_matches_nothing_names_the_modules_there_are():
         freeze_all_but(net(), ["body.*", "haed.*"])
 
 
+def test_what_the_model_froze_stays_frozen():
+    model = net()
+    model["body"].requires_grad_(False)
+    trained = {name for name, p in freeze_all_but(model, ["*"]).named_parameters() if p.requires_grad}
+    assert trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    with pytest.raises(ConfigError, match=r"train: .*body.* frozen"):
+        freeze_all_but(model, ["body.*"])
+
+
 @pytest.mark.parametrize("name", ["constant", "cosine", "step"])
 def test_warm_up_rises_in_a_line_and_never_starts_at_zero(name):
     factor = lr_factor({**SCHEDULE, "name": name, "warmup_steps": 4}, 100)
