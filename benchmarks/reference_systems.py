@@ -30,6 +30,7 @@ from memfit.config import load_config
 from memfit.files import read_json
 from memfit.metrics.directions import higher_is_better
 from memfit.pipeline import open_run
+from memfit.workloads.registry import load_workload
 
 CONFIGS = Path("configs")
 MIB = 1 << 20
@@ -68,13 +69,20 @@ class Bench:
         evaluation = read_json(path / "evaluation.json")
         return {**pipeline.summary(), "config": config, "stages": stages, "evaluation": evaluation}
 
-    def plan(self, name: str, device: str, budget: str, *overrides: str) -> list[dict[str, Any]]:
-        """Plan a config's stages by estimate for a card."""
+    def plan(self, name: str, device: str, budget: str, *overrides: str) -> tuple[list[dict[str, Any]], list[int]]:
+        """Plan a config's stages by estimate for a card; return the plans, and the parameters of each stage's model."""
         settings = (f'plan.device="{device}"', f'plan.budget="{budget}"', "plan.estimate_only=true", *overrides)
         config = load_config(CONFIGS / f"{name}.toml", settings)
         pipeline = open_run(config, runs=self.folder / "plans", store=self.folder / "store")
         pipeline.perform_until("plan")
-        return [plan.to_dict() for plan in pipeline.plans]
+        sizes = []
+        for stage, model in zip(config.stages, config.stage_models(), strict=True):
+            variants = model.all_variants()
+            wanted = next(iter(variants))
+            job = {"workload": config.workload, "data_dir": pipeline.run.record["data_dir"]}
+            job |= {"model": {"variant": wanted, "variants": variants}, "loss": stage.loss.model_dump(mode="json")}
+            sizes.append(sum(each.numel() for each in load_workload(job).variants()[wanted]().parameters()))
+        return [plan.to_dict() for plan in pipeline.plans], sizes
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -127,8 +135,9 @@ def scored(system: str, run: Mapping[str, Any], reported: str = "-", note: str =
 
 def planned(system: str, bench: Bench, name: str, budget: str, *overrides: str, reported: str = "-") -> Row:
     """Plan a reference config for a T4."""
-    plans = bench.plan(name, "t4", budget, *overrides)
+    plans, sizes = bench.plan(name, "t4", budget, *overrides)
     found = {"config": name, "budget": f"{budget} (t4)", "plan": _then(map(layout, plans))}
+    found["parameters"] = _then(f"{size:,}" for size in sizes)
     row = f"{name} on a T4, {budget}"
     return Row(system, row, "; then ".join(map(predicted, plans)), reported, "predicted, not run", found)
 
