@@ -124,6 +124,7 @@ def training(command, root, tmp_path, folders, wait_until, trained):
 
     def start() -> tuple[subprocess.Popen, Path, Path]:
         options = [*set_each([ONE_LONG_STAGE, "stages.0.checkpoint_every_steps=5"]), "--store", folders["store"]]
+        options += ["--runs", str(tmp_path / "runs")]
         log, stage = tmp_path / "log", tmp_path / "run/stages/1-only"
         process = command(root / "configs/smoke.toml", *options, "--run-dir", tmp_path / "run", log=log)
         started.append(process)
@@ -143,7 +144,7 @@ def training(command, root, tmp_path, folders, wait_until, trained):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training, home, wait_until, stop):
+def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training, home, wait_until, stop, tmp_path):
     process, log, stage = training()
     assert len(others_with(home, but=process.pid)) == 2  # the training child and Prefect's server
     os.killpg(process.pid, stop)  # as a terminal or a service manager does
@@ -152,6 +153,9 @@ def test_a_signal_to_all_of_it_writes_a_checkpoint_and_ends_everything(training,
     assert code == 75, text
     assert "stopped on request" in text
     assert "Finished in state Crashed" in text  # so the server lived to hear of it
+    gauges = (tmp_path / "runs/metrics/smoke.prom").read_text()
+    assert 'memfit_run_state{config="smoke",state="stopped",workload="series"} 1.0' in gauges
+    assert 'memfit_run_exit_status{config="smoke",workload="series"} 75.0' in gauges
     wait_until(lambda: not others_with(home, but=process.pid), 30, "end of what the flow had started")
     saved = read_json(stage / "checkpoints/last/checkpoint.json")
     assert saved["step"] == json.loads((stage / "events.jsonl").read_text().splitlines()[-1])["step"] >= 7
