@@ -73,8 +73,19 @@ def _lives(number: int) -> bool:
         return False
 
 
+def follow_log_format() -> None:
+    """Make Prefect's lines JSON too, if memfit's are: it reads that before it comes to the flows."""
+    if os.environ.get("MEMFIT_LOG_FORMAT") == "json":
+        sys.path.insert(0, os.environ["MEMFIT_HOME"])
+        from flows import JSON_LOGS
+
+        for name, value in JSON_LOGS.items():
+            os.environ.setdefault(name, value)
+
+
 if __name__ == "__main__":
     make_folders()
+    follow_log_format()
     ended = run(sys.argv[1:])
     wait_for_the_rest()
     sys.exit(ended)

@@ -59,7 +59,7 @@ def read(engine, image, volume) -> Callable[[str], str]:
     """Print files of the volume: `read("/data/runs/*/plan.json")`."""
 
     def cat(pattern: str) -> str:
-        return engine.run(image, "sh", "-c", f"cat {pattern}", options=("--volume", f"{volume}:/data:ro"), check=False)
+        return engine.run(image, "sh", "-c", f"cat {pattern}", options=("--volume", f"{volume}:/data"), check=False)
 
     return cat
 
@@ -106,9 +106,9 @@ def test_stop_ends_in_a_checkpoint_and_the_next_start_resumes(start, read, engin
     assert reached >= 30
     second = start(*command)
     assert second.wait()["ExitCode"] == 0, second.logs()
-    steps = [json.loads(line) for line in read(events).splitlines()]
-    assert [event["step"] for event in steps if event["event"] == "resume"] == [reached]
-    numbers = [event["step"] for event in steps if event["event"] == "step"]
+    assert f"resumed after step {reached} " in second.logs()[1]
+    lines = map(json.loads, read(events).splitlines())
+    numbers = [event["step"] for event in lines if event["event"] == "step"]
     assert numbers == list(range(1, 1501))
     assert read("/data/runs/smoke/*/export/model_card.json")
 

@@ -235,6 +235,20 @@ def test_a_worker_that_is_killed_takes_its_run_with_it_and_the_run_writes_a_chec
     story.worker = story.service.start_worker()
 
 
+def test_a_worker_that_is_told_to_stop_waits_until_its_run_has_written_a_checkpoint(story):
+    story.worker.terminate()
+    story.worker.wait()
+    story.worker = story.service.start_stoppable_worker()
+    run = story.train()
+    trained = story.step()
+    story.worker.terminate()
+    assert story.worker.wait(60) == 0
+    assert story.checkpoint_step() == story.step() >= trained
+    story.wait_for(run, "CRASHED", 5)
+    story.wait_for_no_process()
+    story.worker = story.service.start_worker()
+
+
 def test_a_cancelled_run_writes_a_checkpoint_and_leaves_nothing(story):
     run = story.train()
     trained = story.step()

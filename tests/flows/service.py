@@ -74,11 +74,16 @@ class Service:
         options = ["--pool", "memfit-process", "--type", "process"]
         return self.start("worker", "worker", "start", *options, MEMFIT_HOME=str(self.root))
 
-    def start(self, name: str, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:
-        """Start a prefect command that stays, in a process group of its own."""
+    def start_stoppable_worker(self) -> subprocess.Popen[bytes]:
+        """Start a process worker as memfit's image does."""
+        paths = {"MEMFIT_HOME": str(self.root), "PYTHONPATH": str(self.root)}
+        return self.start("worker", "--pool", "memfit-process", module="flows.start_worker", **paths)
+
+    def start(self, name: str, *arguments: str, module: str = "prefect", **extra: str) -> subprocess.Popen[bytes]:
+        """Start a command that stays, of prefect or another module, in a process group of its own."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=self.folder,
                 env={**self.environment, **extra},
                 stdout=log,
