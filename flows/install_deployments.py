@@ -3,7 +3,6 @@
 PREFECT_API_URL=http://127.0.0.1:4200/api python -m flows.install_deployments
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,7 +134,7 @@ def _command(
     """
     document = prefect_file.read_prefect_file(file)
     with connected() as client:
-        done = install_pools(client, network or [], os.environ.get("MEMFIT_MACHINE", ""))
+        done = install_pools(client, network or [])
         done |= install(client, device or ["cuda:0"], crash_after)
         done |= install_deployments(client, document)
         for thing, what in done.items():

@@ -195,7 +195,7 @@ def test_job_variables_reach_the_engine(created):
 
 
 def test_network_and_machine_of_the_deployer_become_the_docker_pool_s_defaults():
-    properties = read_template("docker", ["memfit"], "attic")["variables"]["properties"]
+    properties = read_template("docker", ["memfit"], {"MEMFIT_MACHINE": "attic"})["variables"]["properties"]
     assert properties["networks"]["default"] == ["memfit"]
     assert properties["env"]["default"] == {"PREFECT_HOME": "/data/prefect", "MEMFIT_MACHINE": "attic"}
     plain = read_template("docker")["variables"]["properties"]

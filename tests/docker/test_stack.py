@@ -173,6 +173,20 @@ def test_a_deployment_runs_in_a_container_of_its_own_within_its_memory(stack):
     assert 'state="finished",workload="series"} 1.0' in gauges
 
 
+def test_a_deployment_for_a_card_runs_on_what_is_here_with_other_parameters_and_job_variables(stack):
+    said = stack.prefect(
+        "deployment", "run", "train-model/multiscale-t4", "--watch", "--watch-timeout", "600",
+        "--param", "config=configs/smoke.toml", "--param", "device=cpu", "--param", "budget=2GiB",
+        "--param", f"overrides={json.dumps([SHORT, FAST])}",
+        "--job-variable", "image=memfit:cpu", "--job-variable", "device_requests=[]", "--job-variable", "mem_limit=2500m",
+    )  # fmt: skip
+    assert "COMPLETED" in said.upper()
+    memory = stack.engine.docker(
+        "inspect", "--format", "{{.HostConfig.Memory}}", *stack.engine.docker("ps", "--all", "--quiet").stdout.split()
+    )
+    assert str(2500 * MIB) in memory.stdout.split()
+
+
 def test_a_stopped_worker_leaves_a_checkpoint_and_goes_on_when_it_is_back(stack):
     run = stack.begin("smoke", LONG, 'name="stopped"')
     stack.wait_for(lambda: last_step(stack, "stopped", "1-only") >= 30, 300, "thirtieth step")
