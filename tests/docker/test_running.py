@@ -12,7 +12,7 @@ from tests.docker.engine import Engine
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 GIB = 2**30
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-LONG = 'stages=[{name="only", epochs=20, max_steps=1500, global_batch_size=16, lr=1e-3, checkpoint_every_steps=20}]'
+LONG = 'stages=[{name="only", epochs=20, max_steps=600, global_batch_size=16, lr=1e-3, checkpoint_every_steps=20}]'
 RESUMABLE = 75
 
 
@@ -109,7 +109,7 @@ def test_stop_ends_in_a_checkpoint_and_the_next_start_resumes(start, read, engin
     assert f"resumed after step {reached} " in second.logs()[1]
     lines = map(json.loads, read(events).splitlines())
     numbers = [event["step"] for event in lines if event["event"] == "step"]
-    assert numbers == list(range(1, 1501))
+    assert numbers == list(range(1, 601))
     assert read("/data/runs/smoke/*/export/model_card.json")
 
 

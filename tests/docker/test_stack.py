@@ -17,7 +17,7 @@ from tests.docker.engine import POSTGRES, REDIS, Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 SHORT = "stages=[{name='first', epochs=1, global_batch_size=64, lr=1e-3, max_steps=8}]"
-LONG = "stages=[{name='only', epochs=20, max_steps=1500, global_batch_size=16, lr=1e-3, checkpoint_every_steps=20}]"
+LONG = "stages=[{name='only', epochs=20, max_steps=600, global_batch_size=16, lr=1e-3, checkpoint_every_steps=20}]"
 FAST = "plan.checkpointing=['none']"
 MIB = 2**20
 
@@ -178,7 +178,8 @@ def test_a_deployment_for_a_card_runs_on_what_is_here_with_other_parameters_and_
         "deployment", "run", "train-model/multiscale-t4", "--watch", "--watch-timeout", "600",
         "--param", "config=configs/smoke.toml", "--param", "device=cpu", "--param", "budget=2GiB",
         "--param", f"overrides={json.dumps([SHORT, FAST])}",
-        "--job-variable", "image=memfit:cpu", "--job-variable", "device_requests=[]", "--job-variable", "mem_limit=2500m",
+        "--job-variable", "image=memfit:cpu", "--job-variable", "device_requests=[]",
+        "--job-variable", "mem_limit=2500m",
     )  # fmt: skip
     assert "COMPLETED" in said.upper()
     memory = stack.engine.docker(
@@ -198,7 +199,7 @@ def test_a_stopped_worker_leaves_a_checkpoint_and_goes_on_when_it_is_back(stack)
     stack.finish(stack.begin("smoke", LONG, 'name="stopped"'))
     assert f"resumed after step {reached['step']} " in stack.compose("logs", "worker-cpu")
     seen = events(stack, "stopped", "1-only")
-    assert [event["step"] for event in seen if event["event"] == "step"] == list(range(1, 1501))
+    assert [event["step"] for event in seen if event["event"] == "step"] == list(range(1, 601))
 
 
 def test_a_stopped_flow_container_leaves_a_checkpoint_and_the_next_run_goes_on(stack):
