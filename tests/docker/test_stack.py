@@ -53,8 +53,8 @@ class Stack:
         return httpx.get(f"{self.url}{path}", auth=self.user, timeout=60).raise_for_status().json()
 
     def prefect(self, *arguments: str) -> str:
-        """Run a prefect command where an operator may: in a worker's container."""
-        return self.compose("exec", "-T", "worker-cpu", "prefect", *arguments)
+        """Run a prefect command where docker/README.md says: in the server's container."""
+        return self.compose("exec", "-T", "server", "prefect", *arguments)
 
     def in_volume(self, command: str) -> str:
         """Run a shell command where the volume is mounted."""
@@ -138,6 +138,18 @@ def test_the_page_of_the_server_opens(stack):
     page = httpx.get(stack.url.removesuffix("/api"), follow_redirects=True, timeout=30)
     assert page.status_code == 200
     assert "<html" in page.text.lower()
+
+
+def test_the_nightly_run_is_switched_on_as_the_page_says(stack):
+    nightly = stack.get("/deployments/name/train-model/nightly")
+    (schedule,) = nightly["schedules"]
+    assert not schedule["active"]
+    stack.prefect("deployment", "schedule", "resume", "train-model/nightly", schedule["id"])
+    (schedule,) = stack.get("/deployments/name/train-model/nightly")["schedules"]
+    assert schedule["active"]
+    stack.compose("up", "--detach")  # installs the deployments again
+    (schedule,) = stack.get("/deployments/name/train-model/nightly")["schedules"]
+    assert schedule["active"]
 
 
 def test_workers_become_healthy(stack):

@@ -15,6 +15,8 @@ from memfit.errors import DataError
 from memfit.files import check_free_disk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".svg")
+"""Images that are refused rather than left out of a class without a word."""
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Kinds of pixels that become unsigned bytes without a guess; 16-bit ones do not."""
@@ -33,7 +35,10 @@ def list_folder(root: Path) -> list[ImageFile]:
     files = []
     for parent, split in pairs:
         for folder in sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            images = sorted(path for path in folder.iterdir() if _is_image(path))
+            images = sorted(path for path in folder.iterdir() if _is_image(path, SUFFIXES))
+            if unread := sorted(path for path in folder.iterdir() if _is_image(path, UNREAD_SUFFIXES)):
+                kinds = ", ".join(SUFFIXES)
+                raise DataError(f"{unread[0]}: expected images of {kinds}, got {len(unread)} others. Convert them")
             if not images:
                 raise DataError(f"{folder}: expected images ({', '.join(SUFFIXES)}), got none. Remove it, or fill it")
             names = [str(path.relative_to(root)) for path in images]
@@ -46,8 +51,8 @@ def list_folder(root: Path) -> list[ImageFile]:
     return files
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
 
 
 def class_names(files: list[ImageFile]) -> list[str]:

@@ -35,6 +35,14 @@ def test_images_of_the_right_size_are_taken_as_they_are(folder, tmp_path):
     np.testing.assert_array_equal(data.images[np.flatnonzero(data.origins == 0)[0]], first)
 
 
+@pytest.mark.parametrize("name", ["a.gif", "b.TIFF"])
+def test_an_image_of_another_kind_is_refused_and_not_left_out(folder, tmp_path, name):
+    root = folder(size=(8, 8))
+    (root / "cat" / name).write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=f"{name}: expected images of .png.*Convert them"):
+        prepared(spec_of("folder", root, image_size=8), tmp_path / "store")
+
+
 def test_an_image_that_is_turned_by_its_metadata_is_turned(folder, tmp_path):
     root = folder(size=(8, 8))
     pixels = np.zeros((8, 8, 3), np.uint8)
