@@ -240,3 +240,20 @@ def test_data_survive_one_command_down_and_one_up(stack):
     assert after == before
     assert "model.onnx" in stack.in_volume("ls /data/runs/stopped/*/export")
     stack.finish(stack.begin("smoke", SHORT))
+
+
+def test_records_are_backed_up_as_the_page_says(stack):
+    dump = "pg_dump --username prefect --format custom prefect | pg_restore --list"
+    assert "TABLE DATA public flow_run " in stack.compose("exec", "-T", "postgres", "sh", "-c", dump)
+
+
+def test_credentials_are_rotated_as_the_page_says(stack):
+    old, new = stack.user, ("memfit", secrets.token_hex(12))
+    password = secrets.token_hex(12)
+    sql = f"alter user prefect password '{password}'"
+    stack.compose("exec", "-T", "postgres", "psql", "--username", "prefect", "--command", sql)
+    stack.user = new
+    stack.environment.update(PREFECT_AUTH=":".join(new), POSTGRES_PASSWORD=password)
+    stack.compose("up", "--detach")
+    assert httpx.post(f"{stack.url}/deployments/filter", json={}, auth=old, timeout=30).status_code == 401
+    stack.finish(stack.begin("smoke", SHORT))
