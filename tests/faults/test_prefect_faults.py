@@ -195,7 +195,7 @@ def waiting(story) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_server_is_prepared_once_however_often_it_is_asked(story):
-    assert "'memfit-cuda-0': 1 run" in story.prepare_server("--device", "cuda:0")
+    assert "'memfit-cuda-0', 1 run: created" in story.prepare_server("--device", "cuda:0")
     first = story.automation()
     assert first["trigger"]["within"] == 3 * HEARTBEAT_SECONDS == 90
     assert story.service.get("/v2/concurrency_limits/memfit-cuda-0")["limit"] == 1

@@ -3,13 +3,15 @@
 import pytest
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 
-from flows.work_pools import POOLS, install_pools, read_template
+from flows.work_pools import HANDED_ON, POOLS, install_pools, read_template
 from memfit.errors import ConfigError
 
 
 @pytest.fixture
-def api(client):
+def api(client, monkeypatch):
     """The session's API, without memfit's pools before and after."""
+    for name in HANDED_ON:
+        monkeypatch.delenv(name, raising=False)
 
     def clear() -> None:
         for pool in client.read_work_pools():
