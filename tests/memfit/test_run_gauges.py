@@ -48,13 +48,12 @@ def file(tmp_path):
 
 
 def test_a_finished_run_shows_what_its_files_say(finished_run):
-    found = gauges(finished_run.runs / "metrics/tiny.prom")
+    found = gauges(finished_run.runs.parent / "tiny.prom")
     summary = finished_run.summary
-    assert state_of(finished_run.runs / "metrics/tiny.prom") == "finished"
+    assert state_of(finished_run.runs.parent / "tiny.prom") == "finished"
     assert found["exit_status",] == 0
     assert found["end_time_seconds",] - found["start_time_seconds",] == pytest.approx(found["duration_seconds",])
-    steps = sum(step["seconds"] for step in summary["steps"])
-    assert found["duration_seconds",] >= 0.9 * steps  # by two clocks, one of which may be set meanwhile
+    assert found["duration_seconds",] >= sum(step["seconds"] for step in summary["steps"])
     assert found["step_duration_seconds", ("step", "train:first")] == summary["steps"][2]["seconds"]
     for number, plan in enumerate(summary["plans"], 1):
         stage = ("stage", plan["stage"])
